@@ -1,0 +1,102 @@
+"""The contract between data, models, engine and AnnData: plain data, no behaviour.
+
+Legend used all over the package: ``B`` cells in the minibatch, ``G`` genes, ``L`` latent units, ``K`` batches,
+``C`` labels, ``P`` proteins, ``S`` samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    import pandas as pd
+    from torch import Tensor
+
+
+class Minibatch(NamedTuple):
+    """The columns of ``B`` cells on one device. A column that was not registered is ``None`` for the whole run."""
+
+    x: Tensor  # (B, G) counts
+    batch_index: Tensor  # (B,) integer codes
+    labels: Tensor | None = None  # (B,) integer codes, -1 = unlabelled
+    size_factor: Tensor | None = None  # (B,) positive
+    categorical: Tensor | None = None  # (B, number of categorical covariates) integer codes
+    continuous: Tensor | None = None  # (B, number of continuous covariates)
+    protein: Tensor | None = None  # (B, P) counts
+
+
+class Posterior(NamedTuple):
+    """A diagonal normal distribution; ``scale`` is the standard deviation."""
+
+    loc: Tensor  # (B, L)
+    scale: Tensor  # (B, L)
+
+
+class Expression(NamedTuple):
+    """What a decoder says about the counts of a cell."""
+
+    scale: Tensor  # (B, G) normalised profile
+    rate: Tensor  # (B, G) mean count before zero inflation
+    theta: Tensor | None = None  # broadcastable to (B, G): inverse dispersion
+    dropout_logits: Tensor | None = None  # (B, G) logit of a technical zero
+
+
+class Loss(NamedTuple):
+    """The negative ELBO of a minibatch, whole and in parts. Slots as in the seed: unweighted, warmed up, global."""
+
+    total: Tensor  # () what the optimiser minimises, at the current KL weight
+    reconstruction: Tensor  # (B,) -log p(x | z)
+    kl_z: Tensor  # (B,) KL(q(z) || p(z)), warmed up
+    kl_library: Tensor  # (B,) KL(q(l) || p(l)), never warmed up
+
+
+class Capability(StrEnum):
+    """What some models can do and others cannot. The value is the name of the method that does it."""
+
+    LOADINGS = "get_loadings"
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """The sizes a module is built from, and the prior of the log library size in each batch."""
+
+    n_input: int
+    n_batch: int = 1
+    n_labels: int = 0
+    n_cats_per_cov: tuple[int, ...] = ()
+    n_continuous_cov: int = 0
+    library_log_means: tuple[float, ...] = ()  # (K,)
+    library_log_vars: tuple[float, ...] = ()  # (K,)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model file declares about itself."""
+
+    name: str  # the stem of the file
+    module: type  # the torch module
+    config: type  # frozen dataclass; its fields are keyword arguments of tl.fit
+    needs: Callable[[Any], frozenset[str]]  # config -> the optional columns of Minibatch it reads
+    capabilities: frozenset[Capability] = frozenset()
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class SavedFit:
+    """A fitted model as plain arrays and strings: what travels inside an AnnData, or in a folder of its own."""
+
+    key: str
+    model: str
+    config: Mapping[str, Any]  # keyword arguments of the model's config
+    run: Mapping[str, Any]  # keyword arguments of tl.fit that shaped the run
+    setup: Mapping[str, Any]  # what setup_anndata had written
+    var_names: np.ndarray  # (G,) genes, in the order of the network
+    state: Mapping[str, np.ndarray]  # parameters and buffers of the module
+    history: pd.DataFrame  # one row per epoch
+    status: Mapping[str, Any]  # how the run went
+    checkpoint: Mapping[str, np.ndarray] | None = None  # optimiser and random state, to go on exactly

@@ -1,0 +1,54 @@
+"""The shapes of our error messages: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class ScviExtWarning(UserWarning):
+    """Category of every warning of this package, so that it can be silenced or raised alone."""
+
+
+def listing(values: Iterable, limit: int = 10) -> str:
+    """``'a', 'b', 'c' and 7 more``."""
+    values = [repr(str(v)) for v in values]
+    if not values:
+        return "none"
+    more = len(values) - limit
+    return ", ".join(values[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def _hint(value: object, choices: list[str]) -> str:
+    close = get_close_matches(str(value), choices, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    choices = sorted(choices)
+    if value not in choices:
+        msg = f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.{_hint(value, choices)}"
+        raise ValueError(msg)
+
+
+def missing_key(slot: str, key: str, available: Iterable) -> KeyError:
+    """A KeyError for a slot entry that does not exist, with those that do."""
+    available = [str(a) for a in available]
+    return KeyError(f"{key!r} is not in {slot}, which has: {listing(available)}.{_hint(key, available)}")
+
+
+def unknown_keyword(function: str, name: str, valid: Iterable[str], renamed: str | None = None) -> TypeError:
+    """A TypeError for a keyword that does not exist, with the right one or all valid ones."""
+    valid = sorted(valid)
+    if renamed:
+        return TypeError(f"{function} has no keyword {name!r}: it is called {renamed} here.")
+    return TypeError(f"{function} has no keyword {name!r}.{_hint(name, valid)} Valid ones: {', '.join(valid)}.")
+
+
+def needs_capability(function: str, model: str, able: Iterable[str]) -> ValueError:
+    """A ValueError for a read-out that the fitted model does not have."""
+    return ValueError(f"{function} is not possible with a {model!r} fit; models that have it: {listing(sorted(able))}.")

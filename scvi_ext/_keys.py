@@ -1,0 +1,71 @@
+"""Every AnnData slot name that is read or written, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UnsKeys:
+    """Layout of ``adata.uns["scvi_ext"]``."""
+
+    root: str = "scvi_ext"
+    format: str = "format"
+    setup: str = "setup"
+    fits: str = "fits"
+    last_fit: str = "last_fit"
+
+
+@dataclass(frozen=True)
+class FitKeys:
+    """Slots that the read-outs of one fit write, derived from its key."""
+
+    key: str
+
+    @property
+    def latent(self) -> str:
+        return f"X_{self.key}"  # obsm, so that sc.pl.embedding(basis=key) finds it
+
+    @property
+    def latent_var(self) -> str:
+        return f"X_{self.key}_var"  # obsm
+
+    @property
+    def normalized(self) -> str:
+        return f"{self.key}_normalized"  # layers, or obsm for a list of genes
+
+    @property
+    def mean(self) -> str:
+        return f"{self.key}_mean"  # layers
+
+    @property
+    def dropout(self) -> str:
+        return f"{self.key}_dropout"  # layers
+
+    @property
+    def dispersion(self) -> str:
+        return f"{self.key}_dispersion"  # var, or layers
+
+    @property
+    def library_size(self) -> str:
+        return f"{self.key}_library_size"  # obs
+
+    @property
+    def loadings(self) -> str:
+        return f"{self.key}_loadings"  # varm
+
+    @property
+    def elbo(self) -> str:
+        return f"{self.key}_elbo"  # obs
+
+    @property
+    def reconstruction_error(self) -> str:
+        return f"{self.key}_reconstruction_error"  # obs
+
+    @property
+    def marginal_ll(self) -> str:
+        return f"{self.key}_marginal_ll"  # obs
+
+
+UNS = UnsKeys()
+FORMAT = 1  # of uns["scvi_ext"]; raised when a reader of this version could misread it

@@ -1,0 +1,45 @@
+"""Package-wide defaults. A leaf: import it from here, never through the package root."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Settings:
+    """Defaults that a function uses where its own argument is ``None`` (or ``device="auto"``).
+
+    Attributes
+    ----------
+    seed
+        Seed of fits and of read-outs that sample.
+    device
+        ``"auto"`` (CUDA where present, else the processor), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
+    batch_size
+        Cells per forward pass of a read-out. Results do not depend on it.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    batch_size: int = 1024
+
+    @property
+    def verbosity(self) -> int:
+        """scanpy's verbosity: 0 errors, 1 warnings, 2 info, 3 hints, 4 debug."""
+        import scanpy as sc
+
+        return int(sc.settings.verbosity)
+
+    @verbosity.setter
+    def verbosity(self, level: int | str) -> None:
+        import scanpy as sc
+
+        sc.settings.verbosity = level
+
+
+settings = Settings()
+
+
+def set_verbosity(level: int | str) -> None:
+    """Set how much is logged: scanpy's levels, ``0``-``4`` or ``"error"``, ``"warning"``, ``"info"``, ``"hint"``, ``"debug"``."""
+    settings.verbosity = level
