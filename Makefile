@@ -1,0 +1,40 @@
+# Needs a Python of at least 3.11 and pip, nothing else; all the rest goes into .venv.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: venv demo test docs lint bench clean
+
+venv: $(VENV)/.installed-test
+
+demo: venv
+	$(BIN)/python docs/tutorials/demo.py
+
+test: venv
+	$(BIN)/python -m pytest
+
+docs: venv $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv
+	$(BIN)/python benchmarks/fit.py
+
+clean:
+	rm -rf $(VENV) build dist demo docs/_build .pytest_cache .ruff_cache
+
+# torch goes first and by itself: pip then prefers a CPU build where one is at hand (2.13.0+cpu sorts above 2.13.0).
+$(VENV)/.torch: constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found as python3.11 or python3. Name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[$*]'
+	@touch $@
