@@ -1,0 +1,32 @@
+"""Kullback-Leibler divergences and log-densities of diagonal normal distributions, summed over the last axis."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from scvi_ext.functional.counts import log_normal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scvi_ext._contract import Posterior
+
+
+def kl_normal(q: Posterior, p: Posterior) -> Tensor:
+    """KL(q || p) = sum of log(s_p / s_q) + (s_q^2 + (m_q - m_p)^2) / (2 s_p^2) - 1/2, shape (B,)."""
+    ratio = (q.scale / p.scale) ** 2
+    distance = ((q.loc - p.loc) / p.scale) ** 2
+    return 0.5 * (ratio + distance - 1 - torch.log(ratio)).sum(-1)
+
+
+def kl_standard_normal(q: Posterior) -> Tensor:
+    """KL(q || N(0, I)) = 1/2 sum of (s^2 + m^2 - log s^2 - 1), shape (B,) (Kingma and Welling 2014, appendix B)."""
+    var = q.scale**2
+    return 0.5 * (var + q.loc**2 - torch.log(var) - 1).sum(-1)
+
+
+def log_density(value: Tensor, p: Posterior) -> Tensor:
+    """Log-density of ``value`` under the diagonal normal ``p``, shape (B,)."""
+    return log_normal(value, p.loc, p.scale).sum(-1)

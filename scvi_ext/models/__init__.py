@@ -1,0 +1,104 @@
+"""Torch modules of the models, and the folder as their registry.
+
+A model is a file of this folder that declares a ``SPEC``. Nothing else lists them: :func:`names`, :func:`get`, ``tl.fit``, the
+conformance tests and the documentation read the folder.
+
+Beside the models stands the vocabulary of scVI 0.5.0: layers, encoders and decoders, log-likelihoods and helpers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+import torch
+
+from scvi_ext._errors import one_of
+from scvi_ext.functional.counts import log_mixture_nb, log_nb_positive, log_zinb_positive
+from scvi_ext.functional.evidence import (
+    compute_elbo,
+    compute_marginal_log_likelihood_scvi,
+    compute_reconstruction_error,
+)
+from scvi_ext.functional.sampling import reparameterize_gaussian
+from scvi_ext.functional.tensors import broadcast_labels, enumerate_discrete, iterate, logsumexp, one_hot
+from scvi_ext.models.ldvae import LDVAE
+from scvi_ext.models.scvi import VAE
+from scvi_ext.nn.decoders import Decoder, DecoderSCVI, LinearDecoderSCVI
+from scvi_ext.nn.encoders import Encoder
+from scvi_ext.nn.layers import FCLayers
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+    from scvi_ext._contract import DataSummary, ModelSpec, SavedFit
+
+__all__ = [
+    "LDVAE",
+    "VAE",
+    "Decoder",
+    "DecoderSCVI",
+    "Encoder",
+    "FCLayers",
+    "LinearDecoderSCVI",
+    "broadcast_labels",
+    "build",
+    "compute_elbo",
+    "compute_marginal_log_likelihood_scvi",
+    "compute_reconstruction_error",
+    "enumerate_discrete",
+    "get",
+    "iterate",
+    "log_mixture_nb",
+    "log_nb_positive",
+    "log_zinb_positive",
+    "logsumexp",
+    "names",
+    "one_hot",
+    "reparameterize_gaussian",
+    "restore",
+    "show",
+]
+
+
+def names() -> list[str]:
+    """Names of the models, as ``tl.fit(adata, model=...)`` takes them."""
+    return sorted(m.name for m in iter_modules(__path__) if m.name != "base")
+
+
+def get(name: str) -> ModelSpec:
+    """What a model declares about itself: module, options, needs, capabilities, reference."""
+    one_of("model", name, names())
+    return import_module(f"{__name__}.{name}").SPEC
+
+
+def show() -> pd.DataFrame:
+    """A table of the models: torch class, capabilities, options with defaults, reference."""
+    import pandas as pd
+
+    specs = [get(name) for name in names()]
+    return pd.DataFrame(
+        {
+            "module": [s.module.__name__ for s in specs],
+            "capabilities": [", ".join(sorted(s.capabilities)) for s in specs],
+            "options": [", ".join(f"{f.name}={f.default!r}" for f in fields(s.config)) for s in specs],
+            "reference": [s.reference for s in specs],
+        },
+        index=pd.Index([s.name for s in specs], name="model"),
+    )
+
+
+def build(spec: ModelSpec, config: object, summary: DataSummary) -> nn.Module:
+    """A fresh module for data of these sizes."""
+    return spec.module(**asdict(summary), **asdict(config))
+
+
+def restore(fit: SavedFit, summary: DataSummary) -> nn.Module:
+    """The fitted module, in evaluation mode, on the host."""
+    spec = get(fit.model)
+    module = build(spec, spec.config(**fit.config), summary)
+    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in fit.state.items()})
+    return module.eval()

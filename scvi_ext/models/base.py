@@ -1,0 +1,417 @@
+"""The abstract count VAE: encoding, decoding and the seed's vocabulary, written once.
+
+A model builds its parts in ``__init__`` and writes out its ``loss``; everything here is in terms of those.
+
+Legend: ``B`` cells in the minibatch, ``G`` genes, ``L`` latent units, ``K`` batches, ``C`` labels, ``S`` samples.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from scvi_ext._contract import Expression, Loss, Minibatch, Posterior
+from scvi_ext._errors import one_of
+from scvi_ext.functional.counts import LIKELIHOODS
+from scvi_ext.functional.divergences import kl_normal, kl_standard_normal, log_density
+from scvi_ext.functional.sampling import sample_normal
+from scvi_ext.nn.covariates import Covariates
+from scvi_ext.nn.decoders import DISPERSIONS
+from scvi_ext.nn.dispersion import Dispersion
+from scvi_ext.nn.encoders import Encoder
+from scvi_ext.nn.library import SizeFactorLibrary, make_library
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_WITH_THETA = frozenset({"zinb", "nb", "normal"})
+_LOGISTIC_NORMAL_SAMPLES = 5000  # for the mean of softmax(N), which has no closed form
+_CONSTANT_LOG_LIBRARY = 4.0  # of scale_from_z in scVI 0.5.0; the scale does not depend on it
+
+
+@dataclass(frozen=True)
+class CountConfig:
+    """Options that every count VAE has: keyword arguments of ``tl.fit``."""
+
+    n_hidden: int = 128
+    n_latent: int = 10
+    n_layers: int = 1
+    dropout_rate: float = 0.1
+    dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = "gene"
+    log_variational: bool = True
+    reconstruction_loss: Literal["zinb", "nb", "poisson", "normal", "bernoulli"] = "zinb"
+    latent_distribution: Literal["normal", "ln"] = "normal"
+    library: Literal["observed", "latent", "size_factor"] = "observed"
+    encode_covariates: bool = False
+    deeply_inject_covariates: bool = True
+    batch_representation: Literal["one-hot", "embedding"] = "one-hot"
+    use_batch_norm: Literal["encoder", "decoder", "both", "none"] = "both"
+    use_layer_norm: Literal["encoder", "decoder", "both", "none"] = "none"
+
+
+def needs(config: CountConfig) -> frozenset[str]:
+    """The optional columns of a minibatch that this configuration reads."""
+    columns = {"labels": config.dispersion == "gene-label", "size_factor": config.library == "size_factor"}
+    return frozenset(name for name, wanted in columns.items() if wanted)
+
+
+class CountVAE(nn.Module, ABC):
+    """A variational autoencoder of counts. A final class adds ``decoder`` and writes out its ``loss``.
+
+    Parameters
+    ----------
+    n_input
+        Number of genes.
+    n_batch, n_labels
+        Number of batches and labels; 0 where there are none.
+    n_hidden, n_latent, n_layers
+        Units of a hidden layer, units of the latent space, hidden layers.
+    dropout_rate
+        Dropout in the encoders.
+    dispersion
+        Inverse dispersion (for ``reconstruction_loss="normal"``: standard deviation) per gene, per gene and batch, per gene
+        and label, or per gene and cell.
+    log_variational
+        Encode log(1 + counts) rather than counts.
+    reconstruction_loss
+        ``"zinb"``, ``"nb"``, ``"poisson"``, ``"normal"``, or ``"bernoulli"`` (detected or not: binary cross-entropy).
+    latent_distribution
+        ``"normal"``, or ``"ln"`` (logistic normal: z is the softmax of a normal variable).
+    library
+        ``"latent"`` (as in scVI 0.5.0: a normal prior of the log library in each batch), ``"observed"`` or ``"size_factor"``.
+        With a size factor the scale is a softplus and does not sum to 1, as in scvi-tools.
+    n_cats_per_cov, n_continuous_cov
+        Categories of each categorical covariate, number of continuous covariates.
+    encode_covariates
+        Whether batch and covariates enter the encoders too.
+    deeply_inject_covariates
+        Whether categorical covariates enter every hidden layer, or only the first.
+    batch_representation
+        ``"one-hot"`` or ``"embedding"``.
+    use_batch_norm, use_layer_norm
+        Where to normalise: ``"encoder"``, ``"decoder"``, ``"both"`` or ``"none"``.
+    library_log_means, library_log_vars
+        Prior of a latent log library in each batch, shape (K,).
+
+    Raises
+    ------
+    ValueError
+        For an unknown value, or an option that would have no effect in this combination.
+    """
+
+    decoder: nn.Module
+
+    def __init__(
+        self,
+        n_input: int,
+        n_batch: int = 0,
+        n_labels: int = 0,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        log_variational: bool = True,
+        reconstruction_loss: str = "zinb",
+        *,
+        latent_distribution: str = "normal",
+        library: str = "latent",
+        n_cats_per_cov: Sequence[int] = (),
+        n_continuous_cov: int = 0,
+        encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
+        batch_representation: str = "one-hot",
+        use_batch_norm: str = "both",
+        use_layer_norm: str = "none",
+        library_log_means: Sequence[float] = (),
+        library_log_vars: Sequence[float] = (),
+    ):
+        super().__init__()
+        one_of("dispersion", dispersion, DISPERSIONS)
+        one_of("reconstruction_loss", reconstruction_loss, LIKELIHOODS)
+        one_of("latent_distribution", latent_distribution, ("normal", "ln"))
+        one_of("library", library, ("observed", "latent", "size_factor"))
+        one_of("batch_representation", batch_representation, ("one-hot", "embedding"))
+        one_of("use_batch_norm", use_batch_norm, ("encoder", "decoder", "both", "none"))
+        one_of("use_layer_norm", use_layer_norm, ("encoder", "decoder", "both", "none"))
+        with_theta = reconstruction_loss in _WITH_THETA
+        _refuse(
+            dispersion != "gene" and not with_theta,
+            f"dispersion={dispersion!r} has no effect: reconstruction_loss={reconstruction_loss!r} has no dispersion.",
+        )
+        _refuse(
+            dispersion == "gene-label" and n_labels < 1,
+            "dispersion='gene-label' needs labels: register them with pp.setup_anndata(adata, labels_key=...).",
+        )
+        _refuse(
+            encode_covariates and n_batch < 2 and not n_cats_per_cov and not n_continuous_cov,
+            "encode_covariates=True has no effect: there is one batch and no covariate to encode.",
+        )
+        _refuse(
+            not deeply_inject_covariates and n_layers == 1,
+            "deeply_inject_covariates=False has no effect with n_layers=1: covariates enter the first layer anyway.",
+        )
+        _refuse(
+            batch_representation == "embedding" and n_batch < 2,
+            "batch_representation='embedding' has no effect: there is only one batch.",
+        )
+
+        self.n_latent = n_latent
+        self.log_variational = log_variational
+        self.encode_covariates = encode_covariates
+        self.latent_distribution = latent_distribution
+        self.likelihood = LIKELIHOODS[reconstruction_loss]
+        self.heads = {
+            "scale_activation": "softplus" if library == "size_factor" else "softmax",
+            "gene_cell": with_theta and dispersion == "gene-cell",
+            "zero_inflation": reconstruction_loss == "zinb",
+        }
+
+        self.covariates = Covariates(n_batch, n_cats_per_cov, n_continuous_cov, batch_representation)
+
+        def encoder(n_output: int, n_layers: int) -> Encoder:
+            return Encoder(
+                n_input + (self.covariates.n_dense if encode_covariates else 0),
+                n_output,
+                self.covariates.n_cat_list if encode_covariates else None,
+                n_layers,
+                n_hidden,
+                dropout_rate,
+                use_batch_norm=use_batch_norm in ("encoder", "both"),
+                use_layer_norm=use_layer_norm in ("encoder", "both"),
+                inject_covariates=deeply_inject_covariates,
+            )
+
+        self.z_encoder = encoder(n_latent, n_layers)
+        self.library = make_library(library, lambda: encoder(1, 1), library_log_means, library_log_vars)
+        shared_theta = with_theta and dispersion != "gene-cell"
+        self.dispersion = Dispersion(dispersion, n_input, n_batch, n_labels) if shared_theta else None
+
+    # ---- the contract --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0) -> Loss:
+        """The negative ELBO with its parts."""
+
+    def encode(self, cells: Minibatch) -> Posterior:
+        """q(z | x) before :meth:`transform_z`, shape (B, L)."""
+        return self.z_encoder.posterior(*self._encoder_input(cells))
+
+    def encode_library(self, cells: Minibatch) -> Posterior | None:
+        """q(l | x), shape (B, 1), or None where the library is observed or given."""
+        return self.library.posterior(cells, self._encoder_input(cells))
+
+    def transform_z(self, z: Tensor) -> Tensor:
+        """From the normal variable to the one that is decoded: itself, or its softmax for a logistic normal."""
+        return torch.softmax(z, dim=-1) if self.latent_distribution == "ln" else z
+
+    def decode(self, z: Tensor, cells: Minibatch, log_library: Tensor | None = None) -> Expression:
+        """p(x | z, l) at the covariates of ``cells``.
+
+        Parameters
+        ----------
+        z
+            Transformed latent variable, shape (B, L) or (S, B, L).
+        cells
+            Give batch and covariates (and the counts, where the library is observed).
+        log_library
+            Shape (B, 1) or (S, B, 1); None takes the observed or given one, or the mean of q(l | x).
+        """
+        if log_library is None:
+            ql = self.encode_library(cells)
+            log_library = self.library.point(cells) if ql is None else ql.loc
+        scale, log_theta, rate, dropout_logits = self.decoder.parameters_of_counts(
+            self.covariates.append(z, cells), log_library, *self.covariates.codes(cells)
+        )
+        theta = self.dispersion(cells) if self.dispersion is not None else log_theta
+        if self.dispersion is None and log_theta is not None:
+            theta = torch.exp(log_theta)
+        return Expression(scale, rate, theta, dropout_logits)
+
+    def log_likelihood(self, x: Tensor, px: Expression) -> Tensor:
+        """log p(x | z, l) of each cell: the sum over genes, shape (B,) or (S, B)."""
+        return self.likelihood(x, px).sum(-1)
+
+    def sample_latents(
+        self, cells: Minibatch, noise_z: Tensor | None = None, noise_l: Tensor | None = None
+    ) -> tuple[Posterior, Tensor, Posterior | None, Tensor]:
+        """q(z | x), a sample of it before the transformation, q(l | x) (or None) and the log library, sampled or known."""
+        qz = self.encode(cells)
+        ql = self.encode_library(cells)
+        log_library = self.library.point(cells) if ql is None else sample_normal(ql, noise_l)
+        return qz, sample_normal(qz, noise_z), ql, log_library
+
+    def log_weight(self, cells: Minibatch, noise_z: Tensor, noise_l: Tensor) -> Tensor:
+        """log p(x, z, l) - log q(z, l | x) at one posterior sample, shape (B,): its exponential averages to p(x)."""
+        qz, z, ql, log_library = self.sample_latents(cells, noise_z, noise_l)
+        prior = Posterior(torch.zeros_like(qz.loc), torch.ones_like(qz.scale))
+        px = self.decode(self.transform_z(z), cells, log_library)
+        log_weight = self.log_likelihood(cells.x, px) + log_density(z, prior) - log_density(z, qz)
+        if ql is not None:
+            log_weight += log_density(log_library, self.library.prior(cells)) - log_density(log_library, ql)
+        return log_weight
+
+    def mean_z(self, qz: Posterior, noise: Tensor | None = None) -> Tensor:
+        """E[z], shape (B, L): the location, or for a logistic normal the average over ``noise`` of shape (B, S, L)."""
+        if self.latent_distribution == "normal":
+            return qz.loc
+        if noise is None:
+            noise = torch.randn(qz.loc.shape[0], _LOGISTIC_NORMAL_SAMPLES, qz.loc.shape[1], device=qz.loc.device)
+        return self.transform_z(qz.loc.unsqueeze(1) + qz.scale.unsqueeze(1) * noise).mean(1)
+
+    def _encoder_input(self, cells: Minibatch) -> tuple[Tensor, ...]:
+        x = torch.log1p(cells.x) if self.log_variational else cells.x
+        if not self.encode_covariates:
+            return (x,)
+        return (self.covariates.append(x, cells), *self.covariates.codes(cells))
+
+    # ---- the seed's vocabulary (scVI 0.5.0): tensors in, tensors out -----------------------------------------------
+
+    def get_latents(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
+        """A list with one sample of z, shape (B, L)."""
+        return [self.sample_from_posterior_z(x, y)]
+
+    def sample_from_posterior_z(self, x: Tensor, y: Tensor | None = None, give_mean: bool = False) -> Tensor:
+        """One sample of q(z | x), or its mean, shape (B, L). ``y`` is accepted for models whose z depends on it."""
+        cells = self._cells(x, None, y)
+        qz = self.encode(cells)
+        return self.mean_z(qz) if give_mean else self.transform_z(sample_normal(qz))
+
+    def sample_from_posterior_l(self, x: Tensor) -> Tensor:
+        """One sample of the log library size, or the known one, shape (B, 1)."""
+        cells = self._cells(x)
+        ql = self.encode_library(cells)
+        return self.library.point(cells) if ql is None else sample_normal(ql)
+
+    def get_sample_scale(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None = None,
+        y: Tensor | None = None,
+        n_samples: int = 1,
+        transform_batch: int | None = None,
+    ) -> Tensor:
+        """Normalised expression at posterior samples, shape (B, G), or (S, B, G) for more than one sample."""
+        return self.inference(x, batch_index, y, n_samples, transform_batch)["px_scale"]
+
+    def get_sample_rate(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None = None,
+        y: Tensor | None = None,
+        n_samples: int = 1,
+        transform_batch: int | None = None,
+    ) -> Tensor:
+        """Mean counts at posterior samples, shape (B, G), or (S, B, G) for more than one sample."""
+        return self.inference(x, batch_index, y, n_samples, transform_batch)["px_rate"]
+
+    def scale_from_z(self, sample_batch: Tensor, fixed_batch: int) -> Tensor:
+        """Normalised expression of the counts ``sample_batch`` (B, G), encoded, then decoded in batch ``fixed_batch``."""
+        cells = self._cells(sample_batch)
+        z = self.transform_z(sample_normal(self.encode(cells)))
+        fixed = cells._replace(batch_index=torch.full_like(cells.batch_index, fixed_batch))
+        return self.decode(z, fixed, z.new_full((z.shape[0], 1), _CONSTANT_LOG_LIBRARY)).scale
+
+    def inference(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None = None,
+        y: Tensor | None = None,
+        n_samples: int = 1,
+        transform_batch: int | None = None,
+    ) -> dict[str, Tensor | None]:
+        """Posteriors, samples and decoded parameters under the seed's names.
+
+        ``px_scale``, ``px_r``, ``px_rate``, ``px_dropout`` at the samples ``z`` and ``library`` (a log), the means and
+        variances ``qz_m``, ``qz_v``, ``ql_m``, ``ql_v`` (None where the library is known). With ``n_samples > 1``
+        samples come first: (S, B, ...).
+        """
+        cells = self._cells(x, batch_index, y)
+        qz, ql = self.encode(cells), self.encode_library(cells)
+        lead = (n_samples,) if n_samples > 1 else ()
+        z = self.transform_z(sample_normal(qz, torch.randn(*lead, *qz.loc.shape, device=x.device)))
+        if ql is None:
+            log_library = self.library.point(cells).expand(*lead, -1, -1)
+        else:
+            log_library = sample_normal(ql, torch.randn(*lead, *ql.loc.shape, device=x.device))
+        decoded_in = cells
+        if transform_batch is not None:
+            decoded_in = cells._replace(batch_index=torch.full_like(cells.batch_index, transform_batch))
+        px = self.decode(z, decoded_in, log_library)
+        return {
+            "px_scale": px.scale,
+            "px_r": px.theta,
+            "px_rate": px.rate,
+            "px_dropout": px.dropout_logits,
+            "qz_m": qz.loc,
+            "qz_v": qz.scale**2,
+            "z": z,
+            "ql_m": None if ql is None else ql.loc,
+            "ql_v": None if ql is None else ql.scale**2,
+            "library": log_library,
+        }
+
+    def get_reconstruction_loss(self, x: Tensor, px_rate: Tensor, px_r: Tensor | None, px_dropout: Tensor | None) -> Tensor:
+        """-log p(x | z, l) from the decoded parameters (``px_r`` is theta, ``px_dropout`` logits), shape (B,)."""
+        return -self.log_likelihood(x, Expression(px_rate, px_rate, px_r, px_dropout))
+
+    def forward(
+        self,
+        x: Tensor,
+        local_l_mean: Tensor | None = None,
+        local_l_var: Tensor | None = None,
+        batch_index: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three slots of the seed's loss: reconstruction + KL of the library, KL of z, global KL (zero here).
+
+        Parameters
+        ----------
+        x
+            Counts, shape (B, G).
+        local_l_mean, local_l_var
+            Mean and variance of the prior of the log library, shape (B, 1), in place of the one the module holds.
+        batch_index, y
+            Codes of batch and label, shape (B,) or (B, 1).
+
+        Returns
+        -------
+        Shapes (B,), (B,) and ().
+        """
+        cells = self._cells(x, batch_index, y)
+        qz, z, ql, log_library = self.sample_latents(cells)
+        reconstruction = -self.log_likelihood(x, self.decode(self.transform_z(z), cells, log_library))
+        return reconstruction + self._kl_library(ql, cells, local_l_mean, local_l_var), kl_standard_normal(qz), x.new_zeros(())
+
+    def _kl_library(
+        self, ql: Posterior | None, cells: Minibatch, local_l_mean: Tensor | None, local_l_var: Tensor | None
+    ) -> Tensor:
+        if local_l_mean is None and local_l_var is None:
+            return self.library.kl(ql, cells)
+        if ql is None or local_l_mean is None or local_l_var is None:
+            msg = (
+                "local_l_mean and local_l_var are the prior of a latent library: give both, and only to a module "
+                "built with library='latent'."
+            )
+            raise ValueError(msg)
+        return kl_normal(ql, Posterior(local_l_mean, torch.sqrt(local_l_var)))
+
+    def _cells(self, x: Tensor, batch_index: Tensor | None = None, y: Tensor | None = None) -> Minibatch:
+        """A minibatch from the seed's loose tensors."""
+        if self.covariates.n_categorical or isinstance(self.library, SizeFactorLibrary):
+            msg = "This module has covariates or size factors: call encode, decode and loss with a Minibatch instead."
+            raise ValueError(msg)
+        if batch_index is None:
+            batch_index = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        return Minibatch(x, batch_index.reshape(-1).long(), None if y is None else y.reshape(-1).long())
+
+
+def _refuse(condition: bool, msg: str) -> None:
+    if condition:
+        raise ValueError(msg)

@@ -1,0 +1,113 @@
+r"""scVI: a variational autoencoder of counts (Lopez et al. 2018).
+
+Generative process of cell n, gene g, with batch and covariates s_n:
+
+.. math::
+    z_n &\sim N(0, I), \qquad \rho_n = f(z_n, s_n), \quad \textstyle\sum_g \rho_{ng} = 1 \\
+    l_n &\sim N(m_{batch}, v_{batch}) \text{ (latent)}, \quad \text{or the log of the observed total or of a size factor} \\
+    x_{ng} &\sim \mathrm{ZINB}(e^{l_n} \rho_{ng},\; \theta_g,\; \pi_{ng}) \text{ or NB, Poisson, normal, Bernoulli}
+
+Inference network: :math:`q(z_n \mid x_n) = N(\mu(x_n), \sigma^2(x_n))`, and the same for l_n where it is latent.
+
+Where we differ from scvi-tools: an encoder of the library, a dispersion head and a dropout head exist only where the model
+uses them (with its defaults, 40 % of the reference's parameters never receive a gradient), the variance cannot overflow, and
+there is a Bernoulli likelihood of detection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scvi_ext._contract import Loss, ModelSpec
+from scvi_ext.functional.divergences import kl_standard_normal
+from scvi_ext.models.base import CountConfig, CountVAE, needs
+from scvi_ext.nn.decoders import DecoderSCVI
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scvi_ext._contract import Minibatch
+
+
+@dataclass(frozen=True)
+class Config(CountConfig):
+    """Options of scVI; keyword arguments of ``tl.fit(adata, model="scvi")``."""
+
+
+class VAE(CountVAE):
+    """The torch module of scVI.
+
+    Parameters
+    ----------
+    n_input, n_batch, n_labels, n_hidden, n_latent, n_layers, dropout_rate, dispersion, log_variational, reconstruction_loss
+        As in :class:`~scvi_ext.models.base.CountVAE`, in the seed's order and with its defaults; hidden layers are those of
+        encoder and decoder.
+    use_batch_norm, use_layer_norm, deeply_inject_covariates, **options
+        Further options of :class:`~scvi_ext.models.base.CountVAE`.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_batch: int = 0,
+        n_labels: int = 0,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        log_variational: bool = True,
+        reconstruction_loss: str = "zinb",
+        *,
+        deeply_inject_covariates: bool = True,
+        use_batch_norm: str = "both",
+        use_layer_norm: str = "none",
+        **options: object,
+    ):
+        super().__init__(
+            n_input,
+            n_batch,
+            n_labels,
+            n_hidden,
+            n_latent,
+            n_layers,
+            dropout_rate,
+            dispersion,
+            log_variational,
+            reconstruction_loss,
+            deeply_inject_covariates=deeply_inject_covariates,
+            use_batch_norm=use_batch_norm,
+            use_layer_norm=use_layer_norm,
+            **options,
+        )
+        self.decoder = DecoderSCVI(
+            n_latent + self.covariates.n_dense,
+            n_input,
+            self.covariates.n_cat_list,
+            n_layers,
+            n_hidden,
+            use_batch_norm=use_batch_norm in ("decoder", "both"),
+            use_layer_norm=use_layer_norm in ("decoder", "both"),
+            inject_covariates=deeply_inject_covariates,
+            **self.heads,
+        )
+
+    def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0) -> Loss:
+        """The negative ELBO (Lopez et al. 2018, methods), its KL to the prior of z weighted by ``kl_weight``."""
+        qz, z, ql, log_library = self.sample_latents(cells)
+        px = self.decode(self.transform_z(z), cells, log_library)
+        reconstruction = -self.log_likelihood(cells.x, px)  # (B,)
+        kl_z = kl_standard_normal(qz)  # (B,)
+        kl_library = self.library.kl(ql, cells)  # (B,)
+        total = (reconstruction + kl_library + kl_weight * kl_z).mean()
+        return Loss(total, reconstruction, kl_z, kl_library)
+
+
+SPEC = ModelSpec(
+    name="scvi",
+    module=VAE,
+    config=Config,
+    needs=needs,
+    reference="Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics, Nature Methods.",
+)

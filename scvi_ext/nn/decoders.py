@@ -1,0 +1,160 @@
+"""From the latent space to the parameters of the counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+from scvi_ext._errors import one_of
+from scvi_ext.nn.layers import FCLayers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_SCALES = {"softmax": lambda logits: torch.softmax(logits, dim=-1), "softplus": softplus}
+DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
+
+
+class Decoder(nn.Module):
+    """A network whose output is the mean and the variance of a diagonal normal distribution."""
+
+    def __init__(
+        self,
+        n_input: int,
+        n_output: int,
+        n_cat_list: Sequence[int] | None = None,
+        n_layers: int = 1,
+        n_hidden: int = 128,
+        **layer_options: bool,
+    ):
+        super().__init__()
+        self.decoder = FCLayers(n_input, n_hidden, n_cat_list, n_layers, n_hidden, dropout_rate=0, **layer_options)
+        self.mean_decoder = nn.Linear(n_hidden, n_output)
+        self.var_decoder = nn.Linear(n_hidden, n_output)
+
+    def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance, each of shape (B, n_output)."""
+        h = self.decoder(x, *cat_list)
+        return self.mean_decoder(h), torch.exp(self.var_decoder(h))
+
+
+class DecoderSCVI(nn.Module):
+    """The decoder of scVI: a network, then one linear map for each parameter of the counts.
+
+    Parameters
+    ----------
+    n_input, n_output
+        Sizes of the latent space (and dense covariates) and of the genes.
+    n_cat_list, n_layers, n_hidden
+        Of the network.
+    scale_activation
+        ``"softmax"`` (profile sums to 1) or ``"softplus"`` (with size factors).
+    gene_cell, zero_inflation
+        Whether there are heads for an inverse dispersion per gene and cell, and for dropout.
+    **layer_options
+        Passed to :class:`~scvi_ext.nn.layers.FCLayers`.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_output: int,
+        n_cat_list: Sequence[int] | None = None,
+        n_layers: int = 1,
+        n_hidden: int = 128,
+        *,
+        scale_activation: str = "softmax",
+        gene_cell: bool = True,
+        zero_inflation: bool = True,
+        **layer_options: bool,
+    ):
+        super().__init__()
+        one_of("scale_activation", scale_activation, _SCALES)
+        self.px_decoder = FCLayers(n_input, n_hidden, n_cat_list, n_layers, n_hidden, dropout_rate=0, **layer_options)
+        self.px_scale_decoder = nn.Linear(n_hidden, n_output)
+        self.px_r_decoder = nn.Linear(n_hidden, n_output) if gene_cell else None
+        self.px_dropout_decoder = nn.Linear(n_hidden, n_output) if zero_inflation else None
+        self.scale_activation = _SCALES[scale_activation]
+
+    def parameters_of_counts(self, z: Tensor, log_library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale, log inverse dispersion, rate and dropout logits, each (B, G) or None where there is no such head."""
+        h = self.px_decoder(z, *cat_list)  # (B, n_hidden)
+        scale = self.scale_activation(self.px_scale_decoder(h))
+        r = None if self.px_r_decoder is None else self.px_r_decoder(h)
+        dropout = None if self.px_dropout_decoder is None else self.px_dropout_decoder(h)
+        return scale, r, torch.exp(log_library) * scale, dropout
+
+    def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
+        """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate and dropout; ``library`` is a log."""
+        return _seed_forward(self, dispersion, z, library, *cat_list)
+
+
+class LinearDecoderSCVI(nn.Module):
+    """The decoder of LDVAE: every parameter of the counts is linear in z and the covariates (Svensson et al. 2020).
+
+    Parameters
+    ----------
+    n_input, n_output, n_cat_list, scale_activation, gene_cell, zero_inflation
+        As in :class:`DecoderSCVI`.
+    n_layers, n_hidden
+        Accepted for the seed's signature; a linear decoder has one layer and no hidden units, so other values raise.
+    use_batch_norm, bias
+        Of the linear maps. Batch normalisation rescales the loadings, see ``LDVAE.get_loadings``.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_output: int,
+        n_cat_list: Sequence[int] | None = None,
+        n_layers: int = 1,
+        n_hidden: int = 128,
+        *,
+        scale_activation: str = "softmax",
+        gene_cell: bool = True,
+        zero_inflation: bool = True,
+        use_batch_norm: bool = True,
+        bias: bool = False,
+    ):
+        super().__init__()
+        if (n_layers, n_hidden) != (1, 128):
+            msg = f"n_layers={n_layers}, n_hidden={n_hidden}: a linear decoder has neither layers nor hidden units."
+            raise ValueError(msg)
+        one_of("scale_activation", scale_activation, _SCALES)
+
+        def linear() -> FCLayers:
+            return FCLayers(
+                n_input, n_output, n_cat_list, dropout_rate=0, use_batch_norm=use_batch_norm, use_relu=False, bias=bias
+            )
+
+        self.factor_regressor = linear()
+        self.px_r_decoder = linear() if gene_cell else None
+        self.px_dropout_decoder = linear() if zero_inflation else None
+        self.scale_activation = _SCALES[scale_activation]
+
+    def parameters_of_counts(self, z: Tensor, log_library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale, log inverse dispersion, rate and dropout logits, each (B, G) or None where there is no such head."""
+        scale = self.scale_activation(self.factor_regressor(z, *cat_list))
+        r = None if self.px_r_decoder is None else self.px_r_decoder(z, *cat_list)
+        dropout = None if self.px_dropout_decoder is None else self.px_dropout_decoder(z, *cat_list)
+        return scale, r, torch.exp(log_library) * scale, dropout
+
+    def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
+        """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate and dropout; ``library`` is a log."""
+        return _seed_forward(self, dispersion, z, library, *cat_list)
+
+
+def _seed_forward(decoder: DecoderSCVI | LinearDecoderSCVI, dispersion: str, *args: Tensor) -> tuple[Tensor | None, ...]:
+    one_of("dispersion", dispersion, DISPERSIONS)
+    scale, r, rate, dropout = decoder.parameters_of_counts(*args)
+    if dispersion != "gene-cell":
+        r = None
+    elif r is None:
+        msg = "dispersion='gene-cell' needs a decoder built with gene_cell=True."
+        raise ValueError(msg)
+    return scale, r, rate, dropout

@@ -1,0 +1,38 @@
+"""The inverse dispersion theta, shared by all cells or by the cells of a batch or label."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scvi_ext._contract import Minibatch
+
+
+class Dispersion(nn.Module):
+    """theta = exp(log_theta), one value per gene, per gene and batch, or per gene and label.
+
+    Parameters
+    ----------
+    kind
+        ``"gene"``, ``"gene-batch"`` or ``"gene-label"``. (``"gene-cell"`` is a head of the decoder.)
+    n_genes, n_batch, n_labels
+        Sizes.
+    """
+
+    def __init__(self, kind: str, n_genes: int, n_batch: int, n_labels: int):
+        super().__init__()
+        rows = {"gene": (), "gene-batch": (max(n_batch, 1),), "gene-label": (n_labels,)}[kind]
+        column = {"gene": None, "gene-batch": "batch_index", "gene-label": "labels"}[kind]
+        self.codes = None if column is None else attrgetter(column)
+        self.log_theta = nn.Parameter(torch.randn(*rows, n_genes))
+
+    def forward(self, cells: Minibatch) -> Tensor:
+        """Shape (G,) or (B, G)."""
+        log_theta = self.log_theta if self.codes is None else self.log_theta[self.codes(cells)]
+        return torch.exp(log_theta)

@@ -1,0 +1,63 @@
+"""From counts to the posterior of a latent variable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from scvi_ext._contract import Posterior
+from scvi_ext.functional.sampling import reparameterize_gaussian
+from scvi_ext.nn.layers import FCLayers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_VAR_EPS = 1e-4  # smallest variance, as in scVI 0.5.0
+_MAX_LOG_VAR = 20.0  # exp(20) is far beyond any useful posterior, and far below the overflow at exp(88)
+
+
+class Encoder(nn.Module):
+    """A network whose output is the mean and the variance of a diagonal normal distribution.
+
+    Parameters
+    ----------
+    n_input, n_output
+        Sizes of input (genes, and covariates that are encoded) and latent space.
+    n_cat_list
+        Number of categories of each categorical covariate.
+    n_layers, n_hidden, dropout_rate
+        Of the hidden layers.
+    **layer_options
+        Passed to :class:`~scvi_ext.nn.layers.FCLayers`.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_output: int,
+        n_cat_list: Sequence[int] | None = None,
+        n_layers: int = 1,
+        n_hidden: int = 128,
+        dropout_rate: float = 0.1,
+        **layer_options: bool,
+    ):
+        super().__init__()
+        self.encoder = FCLayers(n_input, n_hidden, n_cat_list, n_layers, n_hidden, dropout_rate, **layer_options)
+        self.mean_encoder = nn.Linear(n_hidden, n_output)
+        self.var_encoder = nn.Linear(n_hidden, n_output)
+
+    def posterior(self, x: Tensor, *cat_list: Tensor) -> Posterior:
+        """q(z | x) of shape (B, n_output): variance exp(linear) + 1e-4."""
+        h = self.encoder(x, *cat_list)  # (B, n_hidden)
+        var = torch.exp(self.var_encoder(h).clamp(max=_MAX_LOG_VAR)) + _VAR_EPS
+        return Posterior(self.mean_encoder(h), torch.sqrt(var))
+
+    def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and one sample, each of shape (B, n_output)."""
+        q = self.posterior(x, *cat_list)
+        var = q.scale**2
+        return q.loc, var, reparameterize_gaussian(q.loc, var)

@@ -1,0 +1,135 @@
+"""Fully connected layers that see covariates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from scvi_ext.functional.tensors import one_hot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# Momentum and epsilon of batch normalisation are those of the original TensorFlow implementation of scVI,
+# kept by every release since.
+_BATCH_NORM = {"momentum": 0.01, "eps": 0.001}
+
+
+class FCLayer(nn.Module):
+    """Linear, batch norm, layer norm, ReLU, dropout: each but the first only where asked for."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        dropout_rate: float,
+        use_batch_norm: bool,
+        use_layer_norm: bool,
+        use_relu: bool,
+        bias: bool,
+        n_instances: int,
+    ):
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_out, bias=bias)
+        norms = n_instances if use_batch_norm else 0
+        self.batch_norm = nn.ModuleList(nn.BatchNorm1d(n_out, **_BATCH_NORM) for _ in range(norms))
+        rest = []
+        if use_layer_norm:
+            rest.append(nn.LayerNorm(n_out, elementwise_affine=False))
+        if use_relu:
+            rest.append(nn.ReLU())
+        if dropout_rate > 0:
+            rest.append(nn.Dropout(dropout_rate))
+        self.rest = nn.Sequential(*rest)
+
+    def forward(self, x: Tensor, instance_id: int = 0) -> Tensor:
+        h = self.linear(x)  # (..., n_out)
+        if self.batch_norm:
+            h = self.batch_norm[instance_id](h.flatten(0, -2)).view_as(h)
+        return self.rest(h)
+
+
+class FCLayers(nn.Module):
+    """A stack of fully connected layers; one-hot covariates are appended to the input of every layer.
+
+    Parameters
+    ----------
+    n_in, n_out
+        Sizes of input and output.
+    n_cat_list
+        Number of categories of each categorical covariate; those with fewer than two are left out.
+    n_layers, n_hidden
+        Number of layers, and size of all but the last.
+    dropout_rate
+        Dropout after each layer.
+    use_batch_norm, use_relu, bias
+        As they say.
+    use_layer_norm
+        Layer normalisation (without parameters) after batch normalisation.
+    inject_covariates
+        False: covariates enter the first layer only.
+    n_instances
+        Number of separate batch normalisations, of which ``instance_id`` picks one (conditional instance normalisation).
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        n_cat_list: Sequence[int] | None = None,
+        n_layers: int = 1,
+        n_hidden: int = 128,
+        dropout_rate: float = 0.1,
+        use_batch_norm: bool = True,
+        use_relu: bool = True,
+        bias: bool = True,
+        *,
+        use_layer_norm: bool = False,
+        inject_covariates: bool = True,
+        n_instances: int = 1,
+    ):
+        super().__init__()
+        if n_layers < 1:
+            msg = f"n_layers={n_layers}: a network has at least one layer."
+            raise ValueError(msg)
+        self.n_cat_list = [n if n > 1 else 0 for n in n_cat_list or ()]
+        self.inject_covariates = inject_covariates
+        n_cov = sum(self.n_cat_list)
+        sizes = [n_in] + (n_layers - 1) * [n_hidden] + [n_out]
+        self.layers = nn.ModuleList(
+            FCLayer(
+                a + (n_cov if i == 0 or inject_covariates else 0),
+                b,
+                dropout_rate=dropout_rate,
+                use_batch_norm=use_batch_norm,
+                use_layer_norm=use_layer_norm,
+                use_relu=use_relu,
+                bias=bias,
+                n_instances=n_instances,
+            )
+            for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        )
+
+    def forward(self, x: Tensor, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
+        """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n)."""
+        covariates = self._one_hots(cat_list)
+        if x.dim() == 3:
+            covariates = [c.expand(x.shape[0], -1, -1) for c in covariates]
+        for i, layer in enumerate(self.layers):
+            if covariates and (i == 0 or self.inject_covariates):
+                x = torch.cat([x, *covariates], dim=-1)
+            x = layer(x, instance_id)
+        return x
+
+    def _one_hots(self, cat_list: Sequence[Tensor]) -> list[Tensor]:
+        if len(cat_list) < len(self.n_cat_list):
+            msg = f"{len(cat_list)} categorical covariates given, {len(self.n_cat_list)} expected."
+            raise ValueError(msg)
+        kept = [(c, n) for c, n in zip(cat_list, self.n_cat_list, strict=False) if n > 1]
+        dtype = self.layers[0].linear.weight.dtype
+        return [(c if c.dim() == 2 and c.shape[1] == n else one_hot(c, n)).to(dtype) for c, n in kept]
