@@ -58,13 +58,13 @@ def main() -> None:
     sc.settings.verbosity = "info"
     adata = sx.datasets.pbmc68k_counts()
 
-    sx.pp.setup_anndata(adata)
+    sx.pp.setup_anndata(adata, batch_key="batch")
     sx.tl.fit(adata)
     sx.tl.get_latent(adata)
     sx.pl.history(adata, show=False)
     save("history.png")
 
-    adata.layers["log1p"] = adata.X.astype(np.float32)
+    adata.layers["log1p"] = adata.X.copy()
     sc.pp.normalize_total(adata, target_sum=1e4, layer="log1p")
     sc.pp.log1p(adata, layer="log1p")
     sc.pp.pca(adata, layer="log1p", random_state=0)
