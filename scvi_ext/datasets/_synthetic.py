@@ -1,0 +1,367 @@
+"""Synthetic counts with planted truth, after the four synthetic datasets of scVI 0.5."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy.sparse import csr_matrix
+
+
+def synthetic_iid(
+    *,
+    n_cells_batch: int = 200,
+    n_genes: int = 100,
+    n_proteins: int = 100,
+    n_batches: int = 2,
+    n_labels: int = 3,
+    seed: int = 0,
+) -> AnnData:
+    r"""Draw counts without any structure: the same law for every cell and gene, whatever the batch and the label.
+
+    .. math::
+
+        x_{cg} = w_{cg} m_{cg}, \quad w_{cg} \sim \mathrm{NB}(\text{mean } 35/3, \theta = 5), \quad
+        m_{cg} \sim \mathrm{Bernoulli}(0.7)
+
+    Labels are uniform, protein counts follow the law of :math:`w`, and all are independent. A model should find
+    neither batches nor labels here.
+
+    Parameters
+    ----------
+    n_cells_batch
+        Cells in each batch.
+    n_genes, n_proteins, n_batches, n_labels
+        Sizes. Without proteins (0), ``obsm`` stays empty.
+    seed
+        Of a generator of its own; numpy's global one is left alone.
+
+    Returns
+    -------
+    AnnData of ``n_batches * n_cells_batch`` cells, batch after batch.
+
+    ``X``
+        Counts, CSR float32.
+    ``obs["batch"]``, ``obs["labels"]``
+        ``batch_0``, ... and ``label_0``, ..., categorical.
+    ``obsm["protein_expression"]``
+        Protein counts, DataFrame of int64 with columns ``protein_0``, ...
+    ``var["rate"]``, ``var["theta"]``, ``var["dropout"]``
+        Truth: mean and inverse dispersion of :math:`w`, probability of a technical zero; float64.
+    ``layers["is_technical"]``
+        Truth: where :math:`m = 0`, CSR bool. This includes entries that would have been zero anyway.
+
+    Raises
+    ------
+    ValueError
+        A size is too small.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.synthetic_iid()
+    >>> adata.shape, adata.obsm["protein_expression"].shape
+    ((400, 100), (400, 100))
+    """
+    _at_least(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_batches=n_batches, n_labels=n_labels)
+    _at_least(0, n_proteins=n_proteins)
+    rng = np.random.default_rng(seed)
+    theta, p, dropout = 5.0, 0.3, 0.3  # of scVI 0.5
+    n_cells = n_batches * n_cells_batch
+
+    is_technical = rng.random((n_cells, n_genes)) < dropout
+    adata = _adata(np.where(is_technical, 0, rng.negative_binomial(theta, p, size=(n_cells, n_genes))))
+    adata.obs["batch"] = _categorical("batch", np.repeat(np.arange(n_batches), n_cells_batch), n_batches)
+    adata.obs["labels"] = _categorical("label", rng.integers(n_labels, size=n_cells), n_labels)
+    adata.var["rate"], adata.var["theta"], adata.var["dropout"] = theta * (1 - p) / p, theta, dropout
+    adata.layers["is_technical"] = csr_matrix(is_technical)
+    if n_proteins:
+        adata.obsm["protein_expression"] = pd.DataFrame(
+            rng.negative_binomial(theta, p, size=(n_cells, n_proteins)),
+            index=adata.obs_names,
+            columns=_names("protein", n_proteins),
+        )
+    return adata
+
+
+def synthetic_random(
+    *,
+    mu: float = 4.0,
+    theta: float = 2.0,
+    dropout: float = 0.7,
+    n_cells: int = 2000,
+    n_genes: int = 10,
+    seed: int = 0,
+) -> AnnData:
+    r"""Draw zero-inflated negative binomial counts with the same three parameters everywhere.
+
+    .. math::
+
+        x_{cg} = w_{cg} m_{cg}, \quad w_{cg} \sim \mathrm{NB}(\text{mean } \mu, \theta), \quad
+        m_{cg} \sim \mathrm{Bernoulli}(1 - \text{dropout})
+
+    with variance :math:`\mu + \mu^2 / \theta` of :math:`w`. Cells without a single count are left out, as they would
+    be from real data: 4.5 % with the defaults, practically none from 50 genes on. There is nothing to find, so this
+    shows what a method makes of pure noise. scVI 0.5 shipped cluster labels that another method had found in it;
+    they carry no truth and are not here.
+
+    Parameters
+    ----------
+    mu
+        Mean count before zero inflation, above 0.
+    theta
+        Inverse dispersion, above 0.
+    dropout
+        Probability of a technical zero, from 0 to below 1.
+    n_cells, n_genes
+        Sizes; ``n_cells`` before empty cells are left out.
+    seed
+        Of a generator of its own; numpy's global one is left alone.
+
+    Returns
+    -------
+    AnnData of at most ``n_cells`` cells.
+
+    ``X``
+        Counts, CSR float32.
+    ``var["rate"]``, ``var["theta"]``, ``var["dropout"]``
+        Truth: ``mu``, ``theta`` and ``dropout``, float64.
+    ``layers["is_technical"]``
+        Truth: where :math:`m = 0`, CSR bool. This includes entries that would have been zero anyway.
+
+    Raises
+    ------
+    ValueError
+        A size or parameter is out of range, or no cell has a count.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.synthetic_random(dropout=0.2, n_genes=50)
+    >>> adata.shape, float(adata.var["rate"].iloc[0])
+    ((2000, 50), 4.0)
+    """
+    _at_least(1, n_cells=n_cells, n_genes=n_genes)
+    _above_zero(mu=mu, theta=theta)
+    _probability(dropout=dropout)
+    rng = np.random.default_rng(seed)
+
+    is_technical = rng.random((n_cells, n_genes)) < dropout
+    w = rng.negative_binomial(theta, theta / (theta + mu), size=(n_cells, n_genes))
+    x = np.where(is_technical, 0, w)
+    has_counts = x.any(axis=1)
+    if not has_counts.any():
+        msg = f"None of {n_cells} cells has a count: raise {mu=} or {n_genes=}, or lower {dropout=}."
+        raise ValueError(msg)
+    adata = _adata(x[has_counts])
+    adata.var["rate"], adata.var["theta"], adata.var["dropout"] = float(mu), float(theta), float(dropout)
+    adata.layers["is_technical"] = csr_matrix(is_technical[has_counts])
+    return adata
+
+
+def synthetic_corr(
+    *,
+    n_cells_cluster: int = 200,
+    n_clusters: int = 3,
+    n_genes_high: int = 25,
+    n_overlap: int = 0,
+    weight_high: float = 4e-2,
+    weight_low: float = 1e-2,
+    lam_0: float = 50.0,
+    seed: int = 0,
+) -> AnnData:
+    r"""Draw Poisson counts of clusters that each have a block of highly expressed genes.
+
+    Genes ``k * (n_genes_high - n_overlap)`` to ``k * (n_genes_high - n_overlap) + n_genes_high - 1`` are high in
+    cluster :math:`k`; neighbouring clusters share ``n_overlap`` of them. There are
+    ``n_clusters * (n_genes_high - n_overlap) + n_overlap`` genes. A cell of cluster :math:`k` has
+
+    .. math::
+
+        x_{cg} \sim \mathrm{Poisson}(\lambda_{kg}), \quad \lambda_{kg} = \lambda_0 \, v_{kg} / \textstyle\sum_h v_{kh}
+
+    with :math:`v_{kg}` = ``weight_high`` for the genes that are high in :math:`k` and ``weight_low`` for the others.
+    With the defaults that is 4/3 and 1/3 of a count.
+
+    Parameters
+    ----------
+    n_cells_cluster, n_clusters
+        Cells in each cluster, and clusters.
+    n_genes_high
+        Genes that are high in a cluster.
+    n_overlap
+        How many of them the next cluster shares, from 0 to ``n_genes_high - 1``.
+    weight_high, weight_low
+        Relative expression of high genes (above 0) and of the others (0 or more). Only their ratio matters.
+    lam_0
+        Expected total count of a cell.
+    seed
+        Of a generator of its own; numpy's global one is left alone.
+
+    Returns
+    -------
+    AnnData of ``n_clusters * n_cells_cluster`` cells, cluster after cluster.
+
+    ``X``
+        Counts, CSR float32.
+    ``obs["labels"]``
+        Truth: the cluster, ``label_0``, ..., categorical.
+    ``layers["rate"]``
+        Truth: :math:`\lambda`, dense float32, every row sums to ``lam_0``.
+    ``varm["is_high"]``
+        Truth: DataFrame of bool with one column per label: the genes that are high in it.
+
+    Raises
+    ------
+    ValueError
+        A size or parameter is out of range.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.synthetic_corr(n_overlap=5)
+    >>> adata.shape, adata.varm["is_high"].sum().tolist()
+    ((600, 65), [25, 25, 25])
+    """
+    _at_least(1, n_cells_cluster=n_cells_cluster, n_clusters=n_clusters, n_genes_high=n_genes_high)
+    _at_least(0, n_overlap=n_overlap, weight_low=weight_low)
+    _above_zero(weight_high=weight_high, lam_0=lam_0)
+    if n_overlap >= n_genes_high:
+        msg = f"{n_overlap=} is not below {n_genes_high=}: neighbouring clusters would be the same."
+        raise ValueError(msg)
+
+    step = n_genes_high - n_overlap
+    first = step * np.arange(n_clusters)[:, None]
+    gene = np.arange(n_clusters * step + n_overlap)
+    is_high = (gene >= first) & (gene < first + n_genes_high)  # (clusters, genes)
+    weights = np.where(is_high, weight_high, weight_low)
+    labels = np.repeat(np.arange(n_clusters), n_cells_cluster)
+    rate = (lam_0 * weights / weights.sum(axis=1, keepdims=True))[labels]
+
+    adata = _adata(np.random.default_rng(seed).poisson(rate))
+    adata.obs["labels"] = _categorical("label", labels, n_clusters)
+    adata.layers["rate"] = rate.astype(np.float32)
+    adata.varm["is_high"] = pd.DataFrame(is_high.T, index=adata.var_names, columns=_names("label", n_clusters))
+    return adata
+
+
+def synthetic_zi_corr(
+    *,
+    dropout_coef_high: float = 0.05,
+    dropout_coef_low: float = 0.08,
+    lam_dropout_high: float = 0.0,
+    lam_dropout_low: float = 0.0,
+    n_cells_cluster: int = 200,
+    n_clusters: int = 3,
+    n_genes_high: int = 25,
+    n_overlap: int = 0,
+    weight_high: float = 4e-2,
+    weight_low: float = 1e-2,
+    lam_0: float = 50.0,
+    seed: int = 0,
+) -> AnnData:
+    r"""Draw the counts of :func:`synthetic_corr`, with technical zeros.
+
+    A count is set to zero with probability
+
+    .. math::
+
+        \pi_{cg} = a \exp(-b \lambda_{cg}^2)
+
+    where :math:`a, b` are ``dropout_coef_high, lam_dropout_high`` for the genes that are high in the cluster of the
+    cell, and ``dropout_coef_low, lam_dropout_low`` for the others. With the same seed, all other counts are those of
+    :func:`synthetic_corr`. The truth tells technical zeros from biological ones.
+
+    Parameters
+    ----------
+    dropout_coef_high, dropout_coef_low
+        Probability of a technical zero at rate 0, from 0 to below 1.
+    lam_dropout_high, lam_dropout_low
+        How fast it falls with the squared rate, 0 or more. With 0 it is the same at every rate.
+    n_cells_cluster, n_clusters, n_genes_high, n_overlap, weight_high, weight_low, lam_0
+        As in :func:`synthetic_corr`.
+    seed
+        Of a generator of its own; numpy's global one is left alone.
+
+    Returns
+    -------
+    AnnData as of :func:`synthetic_corr`, where ``X`` has technical zeros and ``layers["rate"]`` is the mean without
+    them, and in addition:
+
+    ``layers["is_technical"]``
+        Truth: the entries set to zero, CSR bool. This includes entries that would have been zero anyway.
+    ``layers["dropout"]``
+        Truth: :math:`\pi`, dense float32.
+
+    Raises
+    ------
+    ValueError
+        A size or parameter is out of range.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.synthetic_zi_corr()
+    >>> bool(adata.X[adata.layers["is_technical"].toarray()].any())
+    False
+    """
+    _probability(dropout_coef_high=dropout_coef_high, dropout_coef_low=dropout_coef_low)
+    _at_least(0, lam_dropout_high=lam_dropout_high, lam_dropout_low=lam_dropout_low)
+    adata = synthetic_corr(
+        n_cells_cluster=n_cells_cluster,
+        n_clusters=n_clusters,
+        n_genes_high=n_genes_high,
+        n_overlap=n_overlap,
+        weight_high=weight_high,
+        weight_low=weight_low,
+        lam_0=lam_0,
+        seed=seed,
+    )
+    rate = adata.layers["rate"]
+    is_high = adata.varm["is_high"].to_numpy().T[adata.obs["labels"].cat.codes]
+    dropout = np.where(
+        is_high,
+        dropout_coef_high * np.exp(-lam_dropout_high * rate**2),
+        dropout_coef_low * np.exp(-lam_dropout_low * rate**2),
+    )
+    rng = np.random.default_rng(seed).spawn(1)[0]  # independent of the stream that drew the counts
+    is_technical = rng.random(rate.shape) < dropout
+    adata.X = csr_matrix(np.where(is_technical, np.float32(0), adata.X.toarray()))
+    adata.layers["is_technical"] = csr_matrix(is_technical)
+    adata.layers["dropout"] = dropout.astype(np.float32)
+    return adata
+
+
+def _adata(x: np.ndarray) -> AnnData:
+    n_cells, n_genes = x.shape
+    return AnnData(
+        csr_matrix(x, dtype=np.float32),
+        obs=pd.DataFrame(index=_names("cell", n_cells)),
+        var=pd.DataFrame(index=_names("gene", n_genes)),
+    )
+
+
+def _names(stem: str, n: int) -> list[str]:
+    return [f"{stem}_{i}" for i in range(n)]
+
+
+def _categorical(stem: str, codes: np.ndarray, n: int) -> pd.Categorical:
+    return pd.Categorical.from_codes(codes, categories=_names(stem, n))
+
+
+def _at_least(least: int, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value!r} is not at least {least}.")
+
+
+def _above_zero(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} is not above 0.")
+
+
+def _probability(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r} is not a probability from 0 to below 1.")

@@ -1,0 +1,298 @@
+"""Data sets with fixed seeds against the laws they are documented to follow.
+
+``LEVEL`` and ``SIGMAS`` are set so that a right program with a fresh seed would fail less than once in 10^6.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from scipy.sparse import csr_matrix
+
+from scvi_ext.datasets import synthetic_corr, synthetic_iid, synthetic_random, synthetic_zi_corr
+
+GENERATORS = [synthetic_iid, synthetic_random, synthetic_corr, synthetic_zi_corr]
+ZERO_INFLATED = [synthetic_iid, synthetic_random, synthetic_zi_corr]
+LEVEL = 1e-7  # of a chi-square test; some ten of them are made here
+SIGMAS = 6  # 2e-9 two-sided
+
+each = pytest.mark.parametrize("generate", GENERATORS)
+
+
+def assert_follows(sample, law):
+    """Chi-square test of counts against a frozen scipy law, with tails pooled to at least 20 expected."""
+    sample = np.asarray(sample).ravel()
+    values = np.arange(int(sample.max()) + 1)
+    common = values[law.pmf(values) * sample.size >= 20]
+    low, high = common[0], common[-1]
+    seen = [(sample == value).sum() for value in common]
+    expected = law.pmf(common) * sample.size
+    seen += [(sample < low).sum(), (sample > high).sum()]
+    expected = np.append(expected, [law.cdf(low - 1) * sample.size, law.sf(high) * sample.size])
+    keep = expected > 1
+    assert expected[~keep].sum() < 1
+    statistic = ((np.asarray(seen) - expected)[keep] ** 2 / expected[keep]).sum()
+    assert stats.chi2.sf(statistic, keep.sum() - 1) > LEVEL
+
+
+def assert_share(hits, probability):
+    hits = np.asarray(hits)
+    assert abs(hits.mean() - probability) <= SIGMAS * np.sqrt(probability * (1 - probability) / hits.size)
+
+
+@each
+def test_layout(generate):
+    adata = generate()
+    n_cells, n_genes = adata.shape
+    assert isinstance(adata.X, csr_matrix)
+    assert adata.X.dtype == np.float32
+    assert adata.X.has_canonical_format
+    assert adata.X.data.min() >= 1  # no stored zeros
+    np.testing.assert_array_equal(adata.X.data, np.rint(adata.X.data))
+    assert list(adata.obs_names) == [f"cell_{i}" for i in range(n_cells)]
+    assert list(adata.var_names) == [f"gene_{i}" for i in range(n_genes)]
+    for column in adata.obs:
+        assert isinstance(adata.obs[column].dtype, pd.CategoricalDtype)
+
+
+@each
+def test_seed_decides_everything_and_the_global_generator_is_left_alone(generate, assert_same):
+    before = np.random.get_state()  # noqa: NPY002
+    first = generate(seed=3)
+    after = np.random.get_state()  # noqa: NPY002
+    np.testing.assert_array_equal(after[1], before[1])
+    assert after[2:] == before[2:]
+
+    np.random.random()  # noqa: NPY002
+    again, other = generate(seed=3), generate(seed=4)
+    assert_same(again, first)
+    assert (other.X.toarray()[:100] != first.X.toarray()[:100]).mean() > 0.1
+
+
+@each
+def test_truth_survives_h5ad_and_zarr(generate, roundtrip, assert_same):
+    adata = generate()
+    assert_same(roundtrip(adata), adata)
+
+
+@each
+def test_truth_survives_copy_and_subset(generate, assert_same):
+    adata = generate()
+    assert_same(adata.copy(), adata)
+    subset = adata[::3, 1::2].copy()
+    for name, layer in adata.layers.items():
+        assert_same(subset.layers[name], layer[::3, 1::2])
+
+
+@pytest.mark.parametrize("generate", ZERO_INFLATED)
+def test_a_technical_zero_is_a_zero(generate):
+    adata = generate()
+    is_technical = adata.layers["is_technical"]
+    assert isinstance(is_technical, csr_matrix)
+    assert is_technical.dtype == bool
+    assert not adata.X.toarray()[is_technical.toarray()].any()
+    assert (adata.X.toarray()[~is_technical.toarray()] == 0).any()  # and biological ones exist
+
+
+# iid
+
+
+def test_iid_sizes():
+    adata = synthetic_iid(n_cells_batch=7, n_genes=5, n_proteins=4, n_batches=3, n_labels=2)
+    assert adata.shape == (21, 5)
+    assert list(adata.obs["batch"]) == ["batch_0"] * 7 + ["batch_1"] * 7 + ["batch_2"] * 7
+    assert list(adata.obs["labels"].cat.categories) == ["label_0", "label_1"]
+    protein = adata.obsm["protein_expression"]
+    assert protein.index.equals(adata.obs_names)
+    assert list(protein.columns) == [f"protein_{i}" for i in range(4)]
+    assert (protein.dtypes == np.int64).all()
+
+
+def test_iid_without_proteins_has_the_same_counts():
+    adata = synthetic_iid(n_proteins=0)
+    assert not adata.obsm
+    np.testing.assert_array_equal(adata.X.toarray(), synthetic_iid().X.toarray())
+
+
+def test_iid_law():
+    adata = synthetic_iid(n_cells_batch=400)
+    x, is_technical = adata.X.toarray(), adata.layers["is_technical"].toarray()
+    law = stats.nbinom(5, 0.3)
+    assert_share(is_technical, 0.3)
+    assert_follows(x[~is_technical], law)
+    assert_follows(adata.obsm["protein_expression"], law)
+    assert_share(adata.obs["labels"] == "label_0", 1 / 3)
+    np.testing.assert_allclose(adata.var["rate"], law.mean(), rtol=1e-12)  # both computed in float64
+    rate, theta = adata.var["rate"], adata.var["theta"]
+    np.testing.assert_allclose(rate + rate**2 / theta, law.var(), rtol=1e-12)
+    np.testing.assert_array_equal(adata.var["dropout"], 0.3)
+
+
+def test_iid_has_no_batch_or_label_effect():
+    adata = synthetic_iid(n_cells_batch=400)
+    x = adata.X.toarray()
+    for column, a, b in [("batch", "batch_0", "batch_1"), ("labels", "label_0", "label_1")]:
+        groups = [x[(adata.obs[column] == name).to_numpy()] for name in (a, b)]
+        difference = groups[0].mean() - groups[1].mean()
+        error = np.sqrt(sum(group.var() / group.size for group in groups))
+        assert abs(difference) <= SIGMAS * error
+
+
+# random
+
+
+@pytest.mark.parametrize("parameters", [{}, {"mu": 1.5, "theta": 0.5, "dropout": 0.2}, {"dropout": 0.0}])
+def test_random_law(parameters):
+    adata = synthetic_random(n_cells=500, n_genes=200, **parameters)
+    assert adata.shape == (500, 200)  # with 200 genes an empty cell has probability below 1e-20
+    mu, theta, dropout = ({"mu": 4.0, "theta": 2.0, "dropout": 0.7} | parameters).values()
+    is_technical = adata.layers["is_technical"].toarray()
+    assert_share(is_technical, dropout)
+    assert_follows(adata.X.toarray()[~is_technical], stats.nbinom(theta, theta / (theta + mu)))
+    for name, value in {"rate": mu, "theta": theta, "dropout": dropout}.items():
+        np.testing.assert_array_equal(adata.var[name], value)
+        assert adata.var[name].dtype == np.float64
+
+
+def test_random_leaves_out_empty_cells():
+    adata = synthetic_random()
+    assert adata.n_vars == 10
+    assert adata.X.sum(axis=1).min() >= 1
+    p_zero = 0.7 + 0.3 * stats.nbinom(2, 2 / 6).pmf(0)
+    p_kept = 1 - p_zero**10
+    assert abs(adata.n_obs - 2000 * p_kept) <= SIGMAS * np.sqrt(2000 * p_kept * (1 - p_kept))
+
+
+def test_random_refuses_to_return_nothing():
+    with pytest.raises(ValueError, match="None of 3 cells has a count"):
+        synthetic_random(mu=1e-12, n_cells=3, n_genes=1)
+
+
+# corr
+
+
+@pytest.mark.parametrize("n_overlap", [0, 2])
+def test_corr_blocks_and_rates(n_overlap):
+    adata = synthetic_corr(
+        n_cells_cluster=6, n_clusters=4, n_genes_high=5, n_overlap=n_overlap, weight_high=3, weight_low=0.5, lam_0=90
+    )
+    step = 5 - n_overlap
+    assert adata.shape == (24, 4 * step + n_overlap)
+    assert list(adata.obs["labels"]) == np.repeat([f"label_{k}" for k in range(4)], 6).tolist()
+    is_high = adata.varm["is_high"]
+    assert list(is_high.columns) == list(adata.obs["labels"].cat.categories)
+    for k in range(4):
+        assert is_high.index[is_high[f"label_{k}"]].tolist() == [f"gene_{g}" for g in range(k * step, k * step + 5)]
+    shared = is_high["label_0"] & is_high["label_1"]
+    assert shared.sum() == n_overlap
+
+    rate = adata.layers["rate"]
+    assert rate.dtype == np.float32
+    np.testing.assert_allclose(rate.sum(axis=1), 90, rtol=1e-5)  # a float32 sum of some twenty terms
+    for row, label in zip(rate, adata.obs["labels"], strict=True):
+        high = is_high[label].to_numpy()
+        np.testing.assert_allclose(row[high], 6 * row[~high][0], rtol=1e-6)  # float32
+        np.testing.assert_array_equal(row[~high], row[~high][0])
+
+
+def test_corr_law():
+    adata = synthetic_corr(n_cells_cluster=400)
+    assert adata.shape == (1200, 75)
+    x, rate = adata.X.toarray(), adata.layers["rate"]
+    assert_follows(x[rate > 1], stats.poisson(4 / 3))
+    assert_follows(x[rate < 1], stats.poisson(1 / 3))
+    assert_follows(x.sum(axis=1), stats.poisson(50))
+
+
+def test_corr_has_its_name_from_genes_of_one_block():
+    """Between cells, rates differ by 1 between clusters: covariance 2/9 within a block, -1/9 across."""
+    x = synthetic_corr(n_cells_cluster=400).X.toarray()
+    covariance = np.cov(x.T)
+    block = np.repeat(np.arange(3), 25)
+    same = (block[:, None] == block) & ~np.eye(75, dtype=bool)
+    other = block[:, None] != block
+    # standard deviation over 120 seeds: 0.0034 and 0.0017, so both tolerances are beyond six of them
+    np.testing.assert_allclose(covariance[same].mean(), 2 / 9, rtol=0, atol=0.021)
+    np.testing.assert_allclose(covariance[other].mean(), -1 / 9, rtol=0, atol=0.011)
+
+
+# zi_corr
+
+
+def test_zi_corr_is_corr_with_technical_zeros():
+    adata, clean = synthetic_zi_corr(seed=5, n_overlap=3), synthetic_corr(seed=5, n_overlap=3)
+    kept = ~adata.layers["is_technical"].toarray()
+    np.testing.assert_array_equal(adata.X.toarray(), np.where(kept, clean.X.toarray(), 0))
+    np.testing.assert_array_equal(adata.layers["rate"], clean.layers["rate"])
+    pd.testing.assert_frame_equal(adata.obs, clean.obs)
+    pd.testing.assert_frame_equal(adata.varm["is_high"], clean.varm["is_high"])
+
+
+@pytest.mark.parametrize(("lam_high", "lam_low"), [(0.0, 0.0), (0.5, 3.0)])
+def test_zi_corr_law(lam_high, lam_low):
+    adata = synthetic_zi_corr(
+        n_cells_cluster=400,
+        dropout_coef_high=0.4,
+        dropout_coef_low=0.6,
+        lam_dropout_high=lam_high,
+        lam_dropout_low=lam_low,
+    )
+    rate, is_technical = adata.layers["rate"], adata.layers["is_technical"].toarray()
+    dropout = adata.layers["dropout"]
+    assert dropout.dtype == np.float32
+    high = rate > 1
+    for group, rate_of_group, coefficient, lam in [(high, 4 / 3, 0.4, lam_high), (~high, 1 / 3, 0.6, lam_low)]:
+        expected = coefficient * np.exp(-lam * rate_of_group**2)
+        np.testing.assert_allclose(dropout[group], expected, rtol=1e-5)  # float32
+        assert_share(is_technical[group], expected)
+        # technical zeros do not look at the count they erase
+        assert_follows(adata.X.toarray()[group & ~is_technical], stats.poisson(rate_of_group))
+
+
+def test_zi_corr_defaults():
+    adata = synthetic_zi_corr()
+    assert adata.shape == (600, 75)
+    np.testing.assert_array_equal(np.unique(adata.layers["dropout"]), np.float32([0.05, 0.08]))
+    none = synthetic_zi_corr(dropout_coef_high=0, dropout_coef_low=0)
+    assert none.layers["is_technical"].nnz == 0
+    np.testing.assert_array_equal(none.X.toarray(), synthetic_corr().X.toarray())
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("generate", "arguments", "message"),
+    [
+        (synthetic_iid, {"n_cells_batch": 0}, r"n_cells_batch=0 is not at least 1\."),
+        (synthetic_iid, {"n_genes": 0}, r"n_genes=0 is not at least 1\."),
+        (synthetic_iid, {"n_batches": 0}, r"n_batches=0 is not at least 1\."),
+        (synthetic_iid, {"n_labels": 0}, r"n_labels=0 is not at least 1\."),
+        (synthetic_iid, {"n_proteins": -1}, r"n_proteins=-1 is not at least 0\."),
+        (synthetic_random, {"mu": 0}, r"mu=0 is not above 0\."),
+        (synthetic_random, {"theta": float("nan")}, r"theta=nan is not above 0\."),
+        (synthetic_random, {"dropout": 1.0}, r"dropout=1\.0 is not a probability from 0 to below 1\."),
+        (synthetic_random, {"n_cells": 0}, r"n_cells=0 is not at least 1\."),
+        (synthetic_corr, {"n_clusters": 0}, r"n_clusters=0 is not at least 1\."),
+        (synthetic_corr, {"n_overlap": 25}, r"n_overlap=25 is not below n_genes_high=25"),
+        (synthetic_corr, {"n_overlap": -1}, r"n_overlap=-1 is not at least 0\."),
+        (synthetic_corr, {"weight_high": 0}, r"weight_high=0 is not above 0\."),
+        (synthetic_corr, {"weight_low": -0.1}, r"weight_low=-0\.1 is not at least 0\."),
+        (synthetic_corr, {"lam_0": 0}, r"lam_0=0 is not above 0\."),
+        (synthetic_zi_corr, {"dropout_coef_high": -0.1}, r"dropout_coef_high=-0\.1 is not a probability"),
+        (synthetic_zi_corr, {"dropout_coef_low": 1}, r"dropout_coef_low=1 is not a probability"),
+        (synthetic_zi_corr, {"lam_dropout_low": -1}, r"lam_dropout_low=-1 is not at least 0\."),
+        (synthetic_zi_corr, {"n_overlap": 30}, r"n_overlap=30 is not below"),
+    ],
+)
+def test_values_out_of_range_are_named(generate, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate(**arguments)
+
+
+@each
+def test_arguments_are_by_keyword(generate):
+    with pytest.raises(TypeError):
+        generate(10)
