@@ -1,0 +1,152 @@
+"""Rows of a count matrix as CSR in the order asked for, whatever the matrix is stored as."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import scipy.sparse as sp
+from anndata.abc import CSCDataset, CSRDataset
+
+from scvi_ext._errors import listing, missing_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+
+_CHUNK_ENTRIES = 2**24  # 64 MB as dense float32
+_GAP = 128  # rows on disk: reading on over a shorter gap is cheaper than a second access of about 1 ms
+
+
+def counts_matrix(adata: AnnData, layer: str | None) -> Any:
+    """``adata.X`` or ``adata.layers[layer]``, neither copied nor read from disk."""
+    if layer is not None:
+        if layer not in adata.layers:
+            raise missing_key("adata.layers", layer, adata.layers)
+        return adata.layers[layer]
+    if adata.X is None:
+        msg = f"adata.X is None. Name the layer with the counts, layer=..., out of: {listing(adata.layers)}."
+        raise TypeError(msg)
+    return adata.X
+
+
+def _on_disk(matrix: Any) -> bool:
+    zarr = sys.modules.get("zarr")  # optional: a zarr array can only be here if zarr has been imported
+    return isinstance(matrix, h5py.Dataset | CSRDataset | CSCDataset) or (
+        zarr is not None and isinstance(matrix, zarr.Array)
+    )
+
+
+def _check_supported(matrix: Any) -> None:
+    kind = f"{type(matrix).__module__.partition('.')[0]}.{type(matrix).__name__}"
+    in_memory = (isinstance(matrix, np.ndarray) and not isinstance(matrix, np.ma.MaskedArray)) or sp.issparse(matrix)
+    if not (in_memory or _on_disk(matrix)):
+        advice = {
+            "dask": "Compute it first: adata = adata.to_memory().",
+            "torch": "Convert it first, e.g. x.numpy(force=True).",
+            "numpy": "Fill the masked entries first: x.filled(0).",
+            "cupy": "Bring it to host memory first: x.get().",
+            "cupyx": "Bring it to host memory first: x.get().",
+        }.get(kind.partition(".")[0], "Convert it to a NumPy array or a SciPy CSR matrix first.")
+        msg = f"Counts are a {kind}; a NumPy array, a SciPy sparse matrix or a backed AnnData is needed. {advice}"
+        raise TypeError(msg)
+    if matrix.dtype.kind not in "biuf":
+        msg = (
+            f"Counts are a {kind} of dtype {matrix.dtype}; integers, floats or booleans are needed. Convert them "
+            "first, e.g. x.astype('float32')."
+        )
+        raise TypeError(msg)
+    if len(matrix.shape) != 2:
+        msg = f"Counts have shape {matrix.shape}; a matrix of cells x genes is needed."
+        raise ValueError(msg)
+
+
+def _as_csr(block: Any) -> sp.csr_matrix:
+    if not sp.issparse(block) and block.dtype == np.float16:  # which SciPy's sparse matrices do not have
+        block = block.astype(np.float32)
+    return sp.csr_matrix(block)
+
+
+def _rows_first(matrix: Any) -> Any:
+    """The same matrix in a form whose rows are cheap to slice: compressed columns are converted, all at once."""
+    if isinstance(matrix, CSCDataset):
+        matrix = matrix.to_memory()
+    return matrix.tocsr() if sp.issparse(matrix) else matrix
+
+
+def _chunk_rows(matrix: Any) -> int:
+    return max(1, _CHUNK_ENTRIES // max(1, matrix.shape[1]))
+
+
+def _counts(matrix: sp.csr_matrix) -> sp.csr_matrix:
+    """Float32, one entry per cell and gene, genes in order; nothing is copied where this holds already."""
+    matrix = matrix.astype(np.float32, copy=False)
+    if not matrix.has_canonical_format:
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+    return matrix
+
+
+def row_chunks(matrix: Any, chunk: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Consecutive rows of ``matrix`` in its own precision, as pairs of the first row's number and a CSR matrix.
+
+    Parameters
+    ----------
+    matrix
+        Counts, shape (n, G).
+    chunk
+        Rows per chunk; by default as many as take 64 MB when dense.
+    """
+    _check_supported(matrix)
+    matrix = _rows_first(matrix)
+    chunk = chunk or _chunk_rows(matrix)
+    for start in range(0, max(1, matrix.shape[0]), chunk):  # no cells: one empty chunk
+        yield start, _as_csr(matrix[start : start + chunk])
+
+
+def read_rows(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
+    """Read rows in the order asked for.
+
+    Parameters
+    ----------
+    matrix
+        Counts, shape (n, G): dense, sparse or on disk.
+    rows
+        Row numbers, shape (m,), in any order; repeats are allowed.
+
+    Returns
+    -------
+    float32 counts, shape (m, G).
+    """
+    _check_supported(matrix)
+    rows = np.asarray(rows, dtype=np.int64)
+    matrix = _rows_first(matrix)
+    if _on_disk(matrix):
+        return _read_disk_rows(matrix, rows)
+    return _counts(_as_csr(matrix[rows]))
+
+
+def _read_disk_rows(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
+    """Files are read forwards, each row once and in contiguous pieces; the order asked for is restored in memory."""
+    if len(rows) == 0:
+        return sp.csr_matrix((0, matrix.shape[1]), dtype=np.float32)
+    ordered, position = np.unique(rows, return_inverse=True)
+    chunk = _chunk_rows(matrix)
+    breaks = np.flatnonzero((np.diff(ordered) > _GAP) | (np.diff(ordered // chunk) > 0)) + 1
+    pieces = []
+    for piece in np.split(ordered, breaks):
+        first, last = piece[0], piece[-1]
+        pieces.append(_counts(_as_csr(matrix[first : last + 1])[piece - first]))
+    return sp.vstack(pieces, format="csr")[position]
+
+
+def read_all(matrix: Any) -> sp.csr_matrix:
+    """Read all rows as float32 counts, shape (n, G). A CSR matrix of float32 is handed back without a copy."""
+    _check_supported(matrix)
+    matrix = _rows_first(matrix)
+    if sp.issparse(matrix):
+        return _counts(_as_csr(matrix))
+    return sp.vstack([_counts(chunk) for _, chunk in row_chunks(matrix)], format="csr")

@@ -1,0 +1,305 @@
+"""All columns that a model reads, for the chosen cells, in host memory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from scvi_ext._errors import listing, missing_key
+from scvi_ext.data.matrix import counts_matrix, read_all, read_rows, row_chunks
+from scvi_ext.data.registry import codes, column
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import scipy.sparse as sp
+    from anndata import AnnData
+
+    from scvi_ext._contract import DataSummary
+    from scvi_ext.data.registry import Registry
+
+# Standard deviation 0.01 of the log library: a batch with one cell, or downsampled to one depth, keeps a proper prior.
+MIN_LIBRARY_VARIANCE = 1e-4
+
+
+def resolve_indices(adata: AnnData, indices: Any) -> np.ndarray | None:
+    """Row numbers of the chosen cells, in the order given.
+
+    Parameters
+    ----------
+    adata
+        Annotated data.
+    indices
+        Row numbers, a mask over all cells, names of cells, a slice, or None for all cells.
+
+    Returns
+    -------
+    int64 row numbers between 0 and n - 1, shape (m,), or None for all cells.
+
+    Raises
+    ------
+    IndexError
+        A row number is out of range.
+    KeyError
+        A name is not in ``adata.obs_names``.
+    TypeError
+        ``indices`` is none of these kinds.
+    ValueError
+        A mask has the wrong length or another order of cells, or names are asked for that are not unique.
+    """
+    n = adata.n_obs
+    if indices is None:
+        return None
+    if isinstance(indices, slice):
+        return np.arange(n)[indices]
+    chosen = np.atleast_1d(np.asarray(indices))
+    if chosen.ndim != 1:
+        msg = f"indices has shape {chosen.shape}; one dimension is needed."
+        raise ValueError(msg)
+    if chosen.size == 0 and chosen.dtype != bool:
+        return np.empty(0, dtype=np.int64)
+    if chosen.dtype == bool:
+        return _from_mask(adata, chosen, indices)
+    if chosen.dtype.kind in "iu":
+        outside = (chosen < -n) | (chosen >= n)
+        if outside.any():
+            msg = f"indices has {outside.sum()} row numbers outside 0 to {n - 1}, the first is {chosen[outside][0]}."
+            raise IndexError(msg)
+        chosen = chosen.astype(np.int64)
+        return np.where(chosen < 0, chosen + n, chosen)
+    if all(isinstance(name, str) for name in chosen):
+        return _from_names(adata, chosen)
+    msg = f"indices has dtype {chosen.dtype}; row numbers, a mask of booleans, names of cells or a slice are needed."
+    raise TypeError(msg)
+
+
+def _from_mask(adata: AnnData, mask: np.ndarray, given: Any) -> np.ndarray:
+    if len(mask) != adata.n_obs:
+        msg = f"The mask in indices has {len(mask)} entries and adata has {adata.n_obs} cells."
+        raise ValueError(msg)
+    if isinstance(given, pd.Series) and not given.index.equals(adata.obs_names):
+        msg = "The mask in indices names its cells, and they are not adata.obs_names in the same order: reindex it."
+        raise ValueError(msg)
+    return np.flatnonzero(mask)
+
+
+def _from_names(adata: AnnData, names: np.ndarray) -> np.ndarray:
+    if not adata.obs_names.is_unique:
+        msg = "Cells cannot be chosen by name: adata.obs_names has duplicates. Call adata.obs_names_make_unique()."
+        raise ValueError(msg)
+    rows = adata.obs_names.get_indexer(names)
+    if (rows < 0).any():
+        absent = names[rows < 0]
+        msg = f"{len(absent)} of {len(names)} names in indices are not in adata.obs_names: {listing(absent, 3)}."
+        raise KeyError(msg)
+    return rows.astype(np.int64)
+
+
+def check_unique_genes(adata: AnnData) -> None:
+    """Raise a ValueError if two genes have the same name."""
+    if not adata.var_names.is_unique:
+        repeated = adata.var_names[adata.var_names.duplicated()].unique()
+        msg = (
+            f"adata.var_names has {len(repeated)} names more than once: {listing(repeated, 3)}. "
+            "Genes are matched by name: call adata.var_names_make_unique() first."
+        )
+        raise ValueError(msg)
+
+
+def _gene_order(adata: AnnData, var_names: Sequence[str] | None) -> np.ndarray | None:
+    """Columns of ``adata`` in the order of ``var_names``; None if they are the columns as they stand."""
+    if var_names is None:
+        return None
+    check_unique_genes(adata)
+    wanted = pd.Index(var_names)
+    order = adata.var_names.get_indexer(wanted)
+    if (order < 0).any():
+        absent = wanted[order < 0]
+        msg = (
+            f"{len(absent)} of the {len(wanted)} genes of the fit are not in adata.var_names: {listing(absent, 5)}. "
+            "All of them are needed, in any order, under the same names."
+        )
+        raise KeyError(msg)
+    return None if np.array_equal(order, np.arange(adata.n_vars)) else order
+
+
+def numeric_column(obs: pd.DataFrame, key: str) -> np.ndarray:
+    """``obs[key]`` as finite float32 numbers, shape (n,)."""
+    values = column(obs, key)
+    if not pd.api.types.is_numeric_dtype(values.dtype):
+        msg = (
+            f"adata.obs[{key!r}] has dtype {values.dtype}; numbers are needed. Convert it (pandas.to_numeric); "
+            "categories belong in batch_key or categorical_covariate_keys."
+        )
+        raise TypeError(msg)
+    with np.errstate(over="ignore"):  # becomes infinite, and is reported as such
+        numbers = values.to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)
+    _check_all(np.isfinite(numbers), obs, key, "is missing, infinite or beyond float32", "Fill them in")
+    return numbers
+
+
+def size_factors(obs: pd.DataFrame, key: str) -> np.ndarray:
+    """``obs[key]`` as positive finite float32 numbers, shape (n,)."""
+    numbers = numeric_column(obs, key)
+    _check_all(numbers > 0, obs, key, "is not positive", "Size factors multiply the mean: compute them again")
+    return numbers
+
+
+def _check_all(good: np.ndarray, obs: pd.DataFrame, key: str, what: str, advice: str) -> None:
+    if not good.all():
+        msg = (
+            f"adata.obs[{key!r}] {what} in {(~good).sum()} of {len(good)} cells, first in "
+            f"{listing(obs.index[~good], 3)}. {advice}, or leave these cells out."
+        )
+        raise ValueError(msg)
+
+
+def protein_matrix(adata: AnnData, key: str, names: Sequence[str] = ()) -> Any:
+    """``obsm[key]`` as a matrix of cells x proteins; of a table, the columns ``names`` (by default all)."""
+    if key not in adata.obsm:
+        raise missing_key("adata.obsm", key, adata.obsm)
+    proteins = adata.obsm[key]
+    if isinstance(proteins, pd.DataFrame):
+        proteins = proteins.set_axis(proteins.columns.astype(str), axis=1)
+        absent = [name for name in names if name not in proteins]
+        if absent:
+            msg = f"adata.obsm[{key!r}] lacks {len(absent)} of {len(names)} proteins: {listing(absent, 5)}."
+            raise KeyError(msg)
+        return (proteins[list(names)] if names else proteins).to_numpy()
+    if names and proteins.shape[1] != len(names):
+        msg = f"adata.obsm[{key!r}] has {proteins.shape[1]} columns; {len(names)} proteins were registered."
+        raise ValueError(msg)
+    return proteins
+
+
+@dataclass(frozen=True)
+class CellStore:
+    """All columns that a model reads, for the chosen cells, genes in the order of the network. Not to be written to."""
+
+    counts: sp.csr_matrix  # (n, G) float32
+    batch_index: np.ndarray  # (n,) int64, zeros when no batch is registered
+    labels: np.ndarray | None  # (n,) int64, -1 = unlabelled
+    size_factor: np.ndarray | None  # (n,) float32
+    categorical: np.ndarray | None  # (n, number of categorical covariates) int64
+    continuous: np.ndarray | None  # (n, number of continuous covariates) float32
+    protein: np.ndarray | None  # (n, P) float32
+    obs_names: pd.Index
+
+    @classmethod
+    def from_adata(
+        cls,
+        adata: AnnData,
+        registry: Registry,
+        *,
+        var_names: Sequence[str] | None = None,
+        indices: Any = None,
+        columns: frozenset[str] = frozenset(),
+    ) -> CellStore:
+        """Read the registered columns.
+
+        Parameters
+        ----------
+        adata
+            Annotated data, in memory or backed.
+        registry
+            What ``pp.setup_anndata`` wrote, here or where the model was trained.
+        var_names
+            Genes of the network. They are found by name; further genes of ``adata`` are left out.
+        indices
+            The chosen cells, as in :func:`resolve_indices`.
+        columns
+            Which of ``labels``, ``size_factor``, ``categorical``, ``continuous`` and ``protein`` to read. The others,
+            and those that are not registered, are None.
+        """
+        rows = resolve_indices(adata, indices)
+        genes = _gene_order(adata, var_names)
+        obs = adata.obs if rows is None else adata.obs.iloc[rows]
+        readers = {
+            "labels": (registry.labels_key, lambda key: _labels(obs, registry)),
+            "size_factor": (registry.size_factor_key, lambda key: size_factors(obs, key)),
+            "categorical": (registry.categorical_covariate_keys, lambda keys: _categorical(obs, registry)),
+            "continuous": (
+                registry.continuous_covariate_keys,
+                lambda keys: np.column_stack([numeric_column(obs, key) for key in keys]),
+            ),
+            "protein": (registry.protein_obsm_key, lambda key: _protein(adata, registry, rows)),
+        }
+        optional = {name: read(key) if name in columns and key else None for name, (key, read) in readers.items()}
+        batch_index = (
+            codes(obs, registry.batch_key, registry.batch_categories)
+            if registry.batch_key
+            else np.zeros(len(obs), dtype=np.int64)
+        )
+        matrix = counts_matrix(adata, registry.layer)
+        counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
+        if genes is not None:
+            counts = counts[:, genes]
+            counts.sort_indices()
+        return cls(counts=counts, batch_index=batch_index, obs_names=obs.index, **optional)
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.counts.shape[0]
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.counts.shape[1]
+
+    def summary(self, registry: Registry) -> DataSummary:
+        """Sizes, and mean and variance of the log library size of the non-empty cells in each batch.
+
+        The variance is that of the population, at least ``MIN_LIBRARY_VARIANCE``. A batch without cells gets the mean
+        and variance over all cells.
+        """
+        totals, _ = self._sums()
+        filled = totals > 0
+        library, batches = np.log(totals[filled]), self.batch_index[filled]
+        sizes = registry.sizes(self.n_genes)
+        groups = [library[batches == batch] for batch in range(sizes.n_batch)]
+        groups = [group if len(group) else library for group in groups]
+        return replace(
+            sizes,
+            library_log_means=tuple(float(group.mean()) for group in groups),
+            library_log_vars=tuple(max(float(group.var()), MIN_LIBRARY_VARIANCE) for group in groups),
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of the shape, of the sums over cells and over genes, and of all other columns.
+
+        Two stores with the same cells and genes in the same order have the same one.
+        """
+        digest = hashlib.sha256(repr(self.counts.shape).encode())
+        columns = (self.batch_index, self.labels, self.size_factor, self.categorical, self.continuous, self.protein)
+        for values in (*self._sums(), *columns):
+            digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Float64 sums of the counts per cell and per gene: exact, hence independent of how the matrix is stored."""
+        cells, genes = np.zeros(self.n_cells), np.zeros(self.n_genes)
+        for start, chunk in row_chunks(self.counts):
+            chunk = chunk.astype(np.float64)
+            cells[start : start + chunk.shape[0]] = np.asarray(chunk.sum(axis=1)).ravel()
+            genes += np.asarray(chunk.sum(axis=0)).ravel()
+        return cells, genes
+
+
+def _labels(obs: pd.DataFrame, registry: Registry) -> np.ndarray:
+    return codes(obs, registry.labels_key, registry.labels_categories, registry.unlabeled_category)
+
+
+def _categorical(obs: pd.DataFrame, registry: Registry) -> np.ndarray:
+    pairs = zip(registry.categorical_covariate_keys, registry.covariate_categories, strict=True)
+    return np.column_stack([codes(obs, key, categories) for key, categories in pairs])
+
+
+def _protein(adata: AnnData, registry: Registry, rows: np.ndarray | None) -> np.ndarray:
+    proteins = protein_matrix(adata, registry.protein_obsm_key, registry.protein_names)
+    counts = read_all(proteins) if rows is None else read_rows(proteins, rows)
+    return counts.toarray()

@@ -1,0 +1,332 @@
+"""Register the counts and covariates that models read."""
+
+from __future__ import annotations
+
+import warnings
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from scvi_ext import results
+from scvi_ext._errors import ScviExtWarning, listing, missing_key, one_of, unknown_keyword
+from scvi_ext._keys import UNS
+from scvi_ext.data.audit import CountAudit, audit_counts
+from scvi_ext.data.matrix import counts_matrix
+from scvi_ext.data.registry import (
+    Registry,
+    check_complete,
+    codes,
+    column,
+    differing_slots,
+    read_root,
+    used_categories,
+)
+from scvi_ext.data.store import check_unique_genes, numeric_column, protein_matrix, size_factors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_ELSEWHERE = {"protein_expression_obsm_key": "protein_obsm_key"}  # keywords of scvi-tools that have another name here
+_MAX_FLOAT_CATEGORIES = 100  # a column of floats with more values is a measurement, not a category
+_MIN_CELLS = 3
+
+
+def setup_anndata(
+    adata: AnnData,
+    *,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    unlabeled_category: str | None = None,
+    size_factor_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    protein_obsm_key: str | None = None,
+    protein_names_uns_key: str | None = None,
+    check: Literal["error", "warn"] = "error",
+    copy: bool = False,
+    **unknown: Any,
+) -> AnnData | None:
+    """Check the counts and register them with the covariates that models shall use.
+
+    Every entry of the counts is looked at: they must be non-negative, finite integers, neither log-transformed nor
+    scaled to constant row sums, and no cell may be empty. Genes that are zero in all cells are allowed, with a warning.
+    Categories are registered as the strings of the values that occur, so that unused ones do not exist for the models;
+    they must be complete. Calling it again replaces the registration; fits that no longer agree with it stay, and are
+    refused by name when they are used.
+
+    Parameters
+    ----------
+    adata
+        Annotated data: cells x genes, with counts that are dense, CSR, CSC or backed, of any real dtype.
+    layer
+        Layer with the counts; by default they are in ``X``.
+    batch_key
+        Column of ``obs`` with the experimental batch (sample, donor, run).
+    labels_key
+        Column of ``obs`` with the cell types or other labels.
+    unlabeled_category
+        Value of ``labels_key`` that means "not known"; it becomes no class of its own.
+    size_factor_key
+        Column of ``obs`` with positive size factors, used in place of the sum of counts by models told to.
+    categorical_covariate_keys
+        Further columns of ``obs`` with categories whose effect is to be removed.
+    continuous_covariate_keys
+        Columns of ``obs`` with numbers whose effect is to be removed. They are used as they are: bring them to a
+        standard deviation around 1.
+    protein_obsm_key
+        Entry of ``obsm`` with protein counts, cells x proteins: a table, an array or a sparse matrix. Cells without
+        any protein count are allowed: they stand for cells whose proteins were not measured.
+    protein_names_uns_key
+        Entry of ``uns`` with the names of the proteins, for an array; by default ``protein_0``, ``protein_1``, ...
+    check
+        ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns, for counts that are meant
+        to be so: estimated (SoupX, CellBender) or downsampled to one depth.
+    copy
+        Return a copy that is set up, and leave ``adata`` as it is.
+    **unknown
+        Not accepted; a keyword that scvi-tools spells otherwise is answered with its name here.
+
+    Returns
+    -------
+    None, or the copy if ``copy=True``. Writes ``adata.uns["scvi_ext"]["setup"]``: a dict of strings and arrays of
+    strings. ``obs``, ``X`` and the global random state are left untouched. Of a backed ``adata`` only the object in
+    memory is written to.
+
+    Raises
+    ------
+    KeyError
+        A layer or key does not exist.
+    TypeError
+        ``adata`` is no AnnData, a keyword does not exist, or the counts or a continuous covariate are not numeric.
+    ValueError
+        The counts are no raw counts (with ``check="error"``), a column has missing or unusable values, or the
+        arguments contradict each other. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import numpy as np, anndata as ad
+    >>> import scvi_ext as sx
+    >>> counts = np.random.default_rng(0).poisson(2.0, (100, 20))
+    >>> adata = ad.AnnData(counts.astype("float32"))
+    >>> adata.obs["donor"] = ["a", "b"] * 50
+    >>> sx.pp.setup_anndata(adata, batch_key="donor")
+    >>> sx.get.setup(adata)[["field", "key", "n_categories"]]
+        field    key  n_categories
+    0  counts      X          <NA>
+    1   batch  donor             2
+    """
+    for name in unknown:
+        raise unknown_keyword("setup_anndata", name, _valid_keywords(), renamed=_ELSEWHERE.get(name))
+    one_of("check", check, ["error", "warn"])
+    _check_adata(adata, copy=copy)
+    categorical = _keys("categorical_covariate_keys", categorical_covariate_keys)
+    continuous = _keys("continuous_covariate_keys", continuous_covariate_keys)
+    _check_roles(
+        batch_key=batch_key,
+        labels_key=labels_key,
+        size_factor_key=size_factor_key,
+        categorical_covariate_keys=categorical,
+        continuous_covariate_keys=continuous,
+    )
+    obs = adata.obs
+    registry = Registry(
+        layer=layer,
+        batch_key=batch_key,
+        labels_key=labels_key,
+        unlabeled_category=None if unlabeled_category is None else str(unlabeled_category),
+        size_factor_key=size_factor_key,
+        categorical_covariate_keys=categorical,
+        continuous_covariate_keys=continuous,
+        protein_obsm_key=protein_obsm_key,
+        protein_names=_protein_names(adata, protein_obsm_key, protein_names_uns_key),
+        batch_categories=_categories(obs, batch_key) if batch_key is not None else (),
+        labels_categories=_labels(obs, labels_key, unlabeled_category),
+        covariate_categories=tuple(_categories(obs, key) for key in categorical),
+    )
+    for key in continuous:
+        numeric_column(obs, key)
+    if size_factor_key is not None:
+        size_factors(obs, size_factor_key)
+
+    audits = _audits(adata, registry)
+    _report(audits, check)
+    _warn_small_batches(obs, registry)
+
+    adata = adata.copy() if copy else adata
+    results.write_setup(adata, registry.to_uns())
+    _log(adata, registry)
+    return adata if copy else None
+
+
+def _valid_keywords() -> list[str]:
+    return [p.name for p in signature(setup_anndata).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _check_adata(adata: AnnData, *, copy: bool) -> None:
+    if not isinstance(adata, AnnData):
+        kind = type(adata).__name__
+        advice = " Pass one modality, e.g. mdata['rna'], with proteins in its obsm." if kind == "MuData" else ""
+        msg = f"adata is a {kind}; an AnnData is needed.{advice}"
+        raise TypeError(msg)
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
+        raise ValueError(msg)
+    if adata.isbacked and (adata.is_view or copy):
+        found = "a view of a backed AnnData" if adata.is_view else "backed, with copy=True"
+        msg = f"adata is {found}, which cannot be copied in memory as it is: call adata = adata.to_memory() first."
+        raise ValueError(msg)
+    check_unique_genes(adata)
+    read_root(adata)
+
+
+def _keys(name: str, keys: Sequence[str] | None) -> tuple[str, ...]:
+    keys = (keys,) if isinstance(keys, str) else tuple(keys or ())
+    for key in keys:
+        if not isinstance(key, str):
+            msg = f"{name} holds {key!r}, a {type(key).__name__}; names of columns of adata.obs are needed."
+            raise TypeError(msg)
+    return keys
+
+
+def _check_roles(**roles: str | tuple[str, ...] | None) -> None:
+    """Each column of ``obs`` has one role only."""
+    taken: dict[str, str] = {}
+    for role, keys in roles.items():
+        if not isinstance(keys, str | tuple | None):
+            msg = f"{role}={keys!r} is a {type(keys).__name__}; the name of one column of adata.obs is needed."
+            raise TypeError(msg)
+        for key in _keys(role, keys):
+            if key in taken:
+                twice = f"twice in {role}" if taken[key] == role else f"both in {taken[key]} and in {role}"
+                msg = f"adata.obs[{key!r}] is given {twice}; name it once."
+                raise ValueError(msg)
+            taken[key] = role
+
+
+def _categories(obs: pd.DataFrame, key: str, advice: str = "") -> tuple[str, ...]:
+    values = column(obs, key)
+    check_complete(obs, key, advice)
+    categories = used_categories(obs, key)
+    if pd.api.types.is_float_dtype(values.dtype) and len(categories) > _MAX_FLOAT_CATEGORIES:
+        msg = (
+            f"adata.obs[{key!r}] has dtype {values.dtype} and {len(categories)} different values: it looks continuous, "
+            "and categories are needed. Pass it in continuous_covariate_keys, or convert it to strings if each value "
+            "is a category."
+        )
+        raise ValueError(msg)
+    return categories
+
+
+def _labels(obs: pd.DataFrame, key: str | None, unlabeled: str | None) -> tuple[str, ...]:
+    if key is None:
+        if unlabeled is not None:
+            msg = f"unlabeled_category={unlabeled!r} is given without labels_key; name the column it is found in."
+            raise ValueError(msg)
+        return ()
+    categories = _categories(obs, key, " and pass unlabeled_category='unknown'")
+    if unlabeled is None:
+        return categories
+    one_of("unlabeled_category", str(unlabeled), categories)
+    labels = tuple(category for category in categories if category != str(unlabeled))
+    if not labels:
+        msg = f"All cells have the unlabeled_category {unlabeled!r} in adata.obs[{key!r}]; some labels are needed."
+        raise ValueError(msg)
+    return labels
+
+
+def _protein_names(adata: AnnData, key: str | None, names_key: str | None) -> tuple[str, ...]:
+    if key is None:
+        if names_key is not None:
+            msg = f"protein_names_uns_key={names_key!r} is given without protein_obsm_key; name the protein counts too."
+            raise ValueError(msg)
+        return ()
+    n_proteins = protein_matrix(adata, key).shape[1]
+    table = adata.obsm[key]
+    if isinstance(table, pd.DataFrame):
+        if names_key is not None:
+            msg = f"adata.obsm[{key!r}] is a table with names of its own: leave out protein_names_uns_key."
+            raise ValueError(msg)
+        names = tuple(map(str, table.columns))
+    elif names_key is None:
+        names = tuple(f"protein_{i}" for i in range(n_proteins))
+    elif names_key in adata.uns:
+        names = tuple(map(str, adata.uns[names_key]))
+    else:
+        raise missing_key("adata.uns", names_key, adata.uns)
+    if len(names) != n_proteins or n_proteins == 0:
+        msg = f"adata.obsm[{key!r}] has {n_proteins} proteins and there are {len(names)} names; one for each is needed."
+        raise ValueError(msg)
+    if len(set(names)) < len(names):
+        repeated = pd.Index(names)[pd.Index(names).duplicated()].unique()
+        msg = f"The proteins in adata.obsm[{key!r}] have names more than once: {listing(repeated)}. Rename them."
+        raise ValueError(msg)
+    return names
+
+
+def _audits(adata: AnnData, registry: Registry) -> dict[str, CountAudit]:
+    """One audit per matrix of counts, under the name of its slot."""
+    batch = None
+    if registry.batch_key is not None:
+        batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)
+        batch = pd.Categorical.from_codes(batch_index, categories=registry.batch_categories)
+    slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
+    audits = {slot: audit_counts(counts_matrix(adata, registry.layer), adata.var_names, adata.obs_names, batch)}
+    if registry.protein_obsm_key is not None:
+        key = registry.protein_obsm_key
+        proteins = protein_matrix(adata, key)
+        audits[f"adata.obsm[{key!r}]"] = audit_counts(
+            proteins, registry.protein_names, adata.obs_names, batch, feature="protein"
+        )
+    return audits
+
+
+def _report(audits: dict[str, CountAudit], check: str) -> None:
+    problems = [f"{slot}: {problem}" for slot, audit in audits.items() for problem in audit.problems()]
+    if problems and check == "error":
+        raise ValueError("These are not raw counts.\n- " + "\n- ".join(problems))
+    remarks = [f"{slot}: {remark}" for slot, audit in audits.items() for remark in audit.remarks()]
+    for message in problems + remarks:
+        warnings.warn(message, ScviExtWarning, stacklevel=3)
+
+
+def _warn_small_batches(obs: pd.DataFrame, registry: Registry) -> None:
+    if registry.batch_key is None:
+        return
+    sizes = np.bincount(codes(obs, registry.batch_key, registry.batch_categories))
+    small = [name for name, size in zip(registry.batch_categories, sizes, strict=True) if size < _MIN_CELLS]
+    if small:
+        msg = (
+            f"{len(small)} of {len(sizes)} batches in adata.obs[{registry.batch_key!r}] have fewer than {_MIN_CELLS} "
+            f"cells: {listing(small)}. Their effect cannot be estimated; merge them or leave them out."
+        )
+        warnings.warn(msg, ScviExtWarning, stacklevel=3)
+
+
+def _log(adata: AnnData, registry: Registry) -> None:
+    from scanpy import logging as logg
+
+    counts = "X" if registry.layer is None else f"layer {registry.layer!r}"
+    parts = [f"{adata.n_obs} cells x {adata.n_vars} genes from {counts}"]
+    if registry.batch_key is not None:
+        parts.append(f"{len(registry.batch_categories)} batches ({registry.batch_key!r})")
+    if registry.labels_key is not None:
+        parts.append(f"{len(registry.labels_categories)} labels ({registry.labels_key!r})")
+    if registry.size_factor_key is not None:
+        parts.append(f"size factors ({registry.size_factor_key!r})")
+    covariates = registry.categorical_covariate_keys + registry.continuous_covariate_keys
+    if covariates:
+        parts.append(f"covariates ({listing(covariates)})")
+    if registry.protein_obsm_key is not None:
+        parts.append(f"{len(registry.protein_names)} proteins ({registry.protein_obsm_key!r})")
+    logg.info(f"registered {', '.join(parts)}", deep=f"added\n    {UNS.root!r}, what models read (adata.uns)")
+    fits = read_root(adata).get(UNS.fits, {})
+    stale = [key for key, fit in fits.items() if differing_slots(Registry.from_uns(fit["setup"]), registry)]
+    if stale:
+        logg.warning(
+            f"fits that were trained on other slots than are registered now: {listing(stale)}. They are kept, and "
+            "refused when used; fit again, or set up as before to use them."
+        )
