@@ -41,11 +41,8 @@ def compute_marginal_log_likelihood_scvi(
     """Mean of -log p(x) per cell, by importance sampling with ``n_samples_mc`` posterior samples."""
 
     def per_cell(cells: Minibatch) -> Tensor:
-        n, n_latent = cells.x.shape[0], vae.n_latent
-        draws = [
-            vae.log_weight(cells, torch.randn(n, n_latent, device=cells.x.device), torch.randn(n, 1, device=cells.x.device))
-            for _ in range(n_samples_mc)
-        ]
+        posteriors = vae.posteriors(cells)
+        draws = [vae.log_weight(cells, posteriors) for _ in range(n_samples_mc)]
         return -(torch.logsumexp(torch.stack(draws), 0) - math.log(n_samples_mc))
 
     return _mean_over_cells(per_cell, posterior)

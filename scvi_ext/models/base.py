@@ -140,6 +140,9 @@ class CountVAE(nn.Module, ABC):
         one_of("batch_representation", batch_representation, ("one-hot", "embedding"))
         one_of("use_batch_norm", use_batch_norm, ("encoder", "decoder", "both", "none"))
         one_of("use_layer_norm", use_layer_norm, ("encoder", "decoder", "both", "none"))
+        for name, size in {"n_hidden": n_hidden, "n_latent": n_latent, "n_layers": n_layers}.items():
+            _refuse(size < 1, f"{name}={size} must be 1 or more.")
+        _refuse(not 0 <= dropout_rate < 1, f"dropout_rate={dropout_rate} must be at least 0 and below 1.")
         with_theta = reconstruction_loss in _WITH_THETA
         _refuse(
             dispersion != "gene" and not with_theta,
@@ -196,8 +199,8 @@ class CountVAE(nn.Module, ABC):
     # ---- the contract --------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0) -> Loss:
-        """The negative ELBO with its parts."""
+    def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0, noise: Tensor | None = None) -> Loss:
+        """The negative ELBO with its parts, at one posterior sample (made from ``noise`` where given)."""
 
     def encode(self, cells: Minibatch) -> Posterior:
         """q(z | x) before :meth:`transform_z`, shape (B, L)."""
@@ -238,20 +241,35 @@ class CountVAE(nn.Module, ABC):
         """log p(x | z, l) of each cell: the sum over genes, shape (B,) or (S, B)."""
         return self.likelihood(x, px).sum(-1)
 
-    def sample_latents(
-        self, cells: Minibatch, noise_z: Tensor | None = None, noise_l: Tensor | None = None
-    ) -> tuple[Posterior, Tensor, Posterior | None, Tensor]:
-        """q(z | x), a sample of it before the transformation, q(l | x) (or None) and the log library, sampled or known."""
-        qz = self.encode(cells)
-        ql = self.encode_library(cells)
-        log_library = self.library.point(cells) if ql is None else sample_normal(ql, noise_l)
-        return qz, sample_normal(qz, noise_z), ql, log_library
+    @property
+    def n_noise(self) -> int:
+        """Standard normal draws that one posterior sample of a cell takes: L for z and one for the library."""
+        return self.n_latent + 1
 
-    def log_weight(self, cells: Minibatch, noise_z: Tensor, noise_l: Tensor) -> Tensor:
+    def posteriors(self, cells: Minibatch) -> tuple[Posterior, Posterior | None]:
+        """q(z | x) and q(l | x); the latter is None where the library is known."""
+        return self.encode(cells), self.encode_library(cells)
+
+    def draw(
+        self, cells: Minibatch, posteriors: tuple[Posterior, Posterior | None], noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One posterior sample: z before the transformation, (B, L), and the log library, sampled or known, (B, 1).
+
+        ``noise`` are standard normal draws of shape (B, n_noise); without them torch's generator is asked.
+        """
+        qz, ql = posteriors
+        noise_z, noise_l = (None, None) if noise is None else (noise[:, :-1], noise[:, -1:])
+        z = sample_normal(qz, noise_z)
+        return z, self.library.point(cells) if ql is None else sample_normal(ql, noise_l)
+
+    def log_weight(
+        self, cells: Minibatch, posteriors: tuple[Posterior, Posterior | None], noise: Tensor | None = None
+    ) -> Tensor:
         """log p(x, z, l) - log q(z, l | x) at one posterior sample, shape (B,): its exponential averages to p(x)."""
-        qz, z, ql, log_library = self.sample_latents(cells, noise_z, noise_l)
-        prior = Posterior(torch.zeros_like(qz.loc), torch.ones_like(qz.scale))
+        qz, ql = posteriors
+        z, log_library = self.draw(cells, posteriors, noise)
         px = self.decode(self.transform_z(z), cells, log_library)
+        prior = Posterior(torch.zeros_like(qz.loc), torch.ones_like(qz.scale))
         log_weight = self.log_likelihood(cells.x, px) + log_density(z, prior) - log_density(z, qz)
         if ql is not None:
             log_weight += log_density(log_library, self.library.prior(cells)) - log_density(log_library, ql)
@@ -333,7 +351,7 @@ class CountVAE(nn.Module, ABC):
         samples come first: (S, B, ...).
         """
         cells = self._cells(x, batch_index, y)
-        qz, ql = self.encode(cells), self.encode_library(cells)
+        qz, ql = self.posteriors(cells)
         lead = (n_samples,) if n_samples > 1 else ()
         z = self.transform_z(sample_normal(qz, torch.randn(*lead, *qz.loc.shape, device=x.device)))
         if ql is None:
@@ -385,7 +403,8 @@ class CountVAE(nn.Module, ABC):
         Shapes (B,), (B,) and ().
         """
         cells = self._cells(x, batch_index, y)
-        qz, z, ql, log_library = self.sample_latents(cells)
+        qz, ql = posteriors = self.posteriors(cells)
+        z, log_library = self.draw(cells, posteriors)
         reconstruction = -self.log_likelihood(x, self.decode(self.transform_z(z), cells, log_library))
         return reconstruction + self._kl_library(ql, cells, local_l_mean, local_l_var), kl_standard_normal(qz), x.new_zeros(())
 

@@ -99,9 +99,10 @@ class LDVAE(CountVAE):
             **self.heads,
         )
 
-    def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0) -> Loss:
+    def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0, noise: Tensor | None = None) -> Loss:
         """The negative ELBO (Svensson et al. 2020), its KL to the prior of z weighted by ``kl_weight``."""
-        qz, z, ql, log_library = self.sample_latents(cells)
+        qz, ql = posteriors = self.posteriors(cells)
+        z, log_library = self.draw(cells, posteriors, noise)
         px = self.decode(self.transform_z(z), cells, log_library)
         reconstruction = -self.log_likelihood(cells.x, px)  # (B,)
         kl_z = kl_standard_normal(qz)  # (B,)

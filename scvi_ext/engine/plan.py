@@ -1,0 +1,121 @@
+"""The training plan: learning rate and KL weight as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from scvi_ext._errors import one_of
+
+PLANS = ("auto", "scvi-tools")
+
+_RISE = 0.15  # share of the steps in which the one-cycle learning rate rises
+_START, _END = 0.04, 0.001  # first and last learning rate of the cycle, relative to its peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a module is trained. Everything that changes during training is a function of the step here."""
+
+    name: str
+    n_epochs: int
+    steps_per_epoch: int
+    batch_size: int
+    lr: float  # constant, or peak of the cycle
+    one_cycle: bool
+    kl_warmup_steps: int
+    kl_by_epoch: bool  # whether the KL weight rises once per epoch or with every step
+    weight_decay: float
+    patience: int  # epochs without improvement before early stopping
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_epochs * self.steps_per_epoch
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0): linear rise to the peak, then a cosine down (Smith 2018)."""
+        if not self.one_cycle:
+            return self.lr
+        t = step / self.n_steps
+        if t < _RISE:
+            return self.lr * (_START + (1 - _START) * t / _RISE)
+        cosine = 0.5 * (1 + math.cos(math.pi * (t - _RISE) / (1 - _RISE)))
+        return self.lr * (_END + (1 - _END) * cosine)
+
+    def kl_weight_at(self, step: int) -> float:
+        """Weight of KL(q(z) || p(z)): a line from 0 to 1 over the warm-up, then 1."""
+        if self.kl_by_epoch:
+            step -= step % self.steps_per_epoch
+        return 1.0 if step >= self.kl_warmup_steps else step / self.kl_warmup_steps
+
+    @property
+    def final_kl_weight(self) -> float:
+        return self.kl_weight_at(self.n_steps - 1)
+
+
+def make_plan(
+    name: str,
+    *,
+    n_cells: int,
+    n_train: int,
+    batch_size: int,
+    max_epochs: int | None,
+    lr: float | None,
+    kl_warmup: float | None,
+    weight_decay: float | None,
+) -> Plan:
+    """The plan for so many cells.
+
+    Parameters
+    ----------
+    name
+        ``"auto"``: a one-cycle learning rate over few epochs, KL warm-up over a share of the steps. ``"scvi-tools"``: the
+        reference's schedule (constant 1e-3, min(400, 400 * 20000 / cells) epochs, KL warm-up over 400 epochs).
+    n_cells, n_train
+        All cells, and those trained on.
+    batch_size
+        Cells per step.
+    max_epochs, lr, kl_warmup, weight_decay
+        Override the plan; ``kl_warmup`` is a share of the planned steps.
+    """
+    one_of("plan", name, PLANS)
+    _check("batch_size", batch_size, batch_size >= 3, "a number of cells, 3 or more (batch normalisation needs a few)")
+    _check("max_epochs", max_epochs, max_epochs is None or max_epochs >= 1, "1 or more")
+    _check("lr", lr, lr is None or 0 < lr < math.inf, "positive")
+    _check("kl_warmup", kl_warmup, kl_warmup is None or 0 <= kl_warmup <= 1, "a share of the steps, from 0 to 1")
+    _check("weight_decay", weight_decay, weight_decay is None or 0 <= weight_decay < math.inf, "0 or more")
+    batch_size = min(batch_size, n_train)
+    steps_per_epoch = math.ceil(n_train / batch_size)
+    if name == "auto":
+        n_epochs = max_epochs or auto_epochs(n_train, batch_size)
+        warmup = math.ceil((0.3 if kl_warmup is None else kl_warmup) * n_epochs * steps_per_epoch)
+        default_lr, patience = 3e-2, max(5, n_epochs // 4)
+    else:
+        n_epochs = max_epochs or min(400, max(1, round(400 * 20_000 / n_cells)))
+        warmup = 400 * steps_per_epoch if kl_warmup is None else math.ceil(kl_warmup * n_epochs * steps_per_epoch)
+        default_lr, patience = 1e-3, 45
+    return Plan(
+        name=name,
+        n_epochs=n_epochs,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batch_size,
+        lr=lr or default_lr,
+        one_cycle=name == "auto",
+        # A warm-up of all steps would leave the last one just below 1.
+        kl_warmup_steps=min(warmup, max(n_epochs * steps_per_epoch - 1, 0)) if kl_warmup is not None else warmup,
+        kl_by_epoch=name == "scvi-tools" and kl_warmup is None,
+        weight_decay=1e-6 if weight_decay is None else weight_decay,
+        patience=patience,
+    )
+
+
+def auto_epochs(n_train: int, batch_size: int) -> int:
+    """Epochs of the one-cycle plan: enough steps for small data, enough passes for large data."""
+    steps_per_epoch = math.ceil(n_train / batch_size)
+    return min(400, max(8, math.ceil(800 / steps_per_epoch)))
+
+
+def _check(name: str, value: object, good: bool, expected: str) -> None:
+    if not good:
+        msg = f"{name}={value!r} must be {expected}."
+        raise ValueError(msg)

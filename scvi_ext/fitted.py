@@ -1,0 +1,132 @@
+"""A fit brought back to life: the module, and the cells it is asked about. The reading counterpart of ``results.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from scvi_ext import models
+from scvi_ext._contract import Capability, Minibatch
+from scvi_ext._errors import listing, needs_capability, one_of
+from scvi_ext._keys import FitKeys
+from scvi_ext._settings import settings
+from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit
+from scvi_ext.data.store import CellStore, resolve_indices
+from scvi_ext.engine.device import resolve_device
+from scvi_ext.engine.map_cells import Draws, map_cells
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from anndata import AnnData
+    from torch import nn
+
+    from scvi_ext._contract import ModelSpec, SavedFit
+
+    T = TypeVar("T")
+
+ALWAYS_READ = frozenset({"categorical", "continuous"})  # columns that enter every model if registered
+
+
+def load_module(adata: AnnData, key: str | None = None) -> tuple[SavedFit, ModelSpec, Registry, nn.Module]:
+    """A fit of ``adata`` with its torch module, in evaluation mode, on the host."""
+    fit = read_fit(adata, key)
+    check_fit_matches_setup(fit, adata)
+    registry = Registry.from_uns(fit.setup)
+    return fit, models.get(fit.model), registry, models.restore(fit, registry.sizes(len(fit.var_names)))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A module and the chosen cells, their genes in the module's order."""
+
+    fit: SavedFit
+    registry: Registry
+    module: nn.Module
+    store: CellStore
+    rows: np.ndarray | None  # of adata; None = all
+    columns: np.ndarray  # positions of the module's genes in adata
+
+    @classmethod
+    def open(cls, adata: AnnData, key: str | None, indices: object = None) -> Fitted:
+        """Read a fit and the cells at ``indices`` from ``adata``."""
+        fit, spec, registry, module = load_module(adata, key)
+        store = CellStore.from_adata(
+            adata,
+            registry,
+            var_names=fit.var_names,
+            indices=indices,
+            columns=spec.needs(spec.config(**fit.config)) | ALWAYS_READ,
+        )
+        if store.n_cells == 0:
+            msg = "There are no cells to compute anything for: adata, or what indices choose of it, is empty."
+            raise ValueError(msg)
+        columns = adata.var_names.get_indexer(fit.var_names)
+        return cls(fit, registry, module, store, resolve_indices(adata, indices), columns)
+
+    @property
+    def keys(self) -> FitKeys:
+        """Names of the slots that this fit's read-outs write."""
+        return FitKeys(self.fit.key)
+
+    def map(
+        self,
+        fn: Callable[[Minibatch, Draws], T],
+        *,
+        batch_size: int | None,
+        seed: int | None,
+        floats_per_cell: int = 0,
+    ) -> Iterator[tuple[slice, T]]:
+        """Map ``fn`` over the cells, see :func:`~scvi_ext.engine.map_cells.map_cells`."""
+        return map_cells(
+            fn,
+            self.module,
+            self.store,
+            device=resolve_device(),
+            batch_size=batch_size,
+            seed=settings.seed if seed is None else seed,
+            floats_per_cell=floats_per_cell,
+        )
+
+    def batch_codes(self, transform_batch: object) -> list[int | None]:
+        """Codes of the batches to decode in; ``[None]`` is each cell's own."""
+        if transform_batch is None:
+            return [None]
+        if self.registry.batch_key is None:
+            msg = f"transform_batch={transform_batch!r} has no meaning: fit {self.fit.key!r} was trained without a batch_key."
+            raise ValueError(msg)
+        single = isinstance(transform_batch, str) or not np.iterable(transform_batch)
+        wanted = [str(b) for b in ([transform_batch] if single else transform_batch)]
+        if not wanted:
+            msg = "transform_batch is an empty list: name at least one batch, or None for each cell's own."
+            raise ValueError(msg)
+        for batch in wanted:
+            one_of("transform_batch", batch, self.registry.batch_categories)
+        return [self.registry.batch_categories.index(batch) for batch in wanted]
+
+    def gene_positions(self, gene_list: Sequence[str] | None) -> np.ndarray | None:
+        """Positions of genes in the module's order; None for all."""
+        if gene_list is None:
+            return None
+        if isinstance(gene_list, str):
+            gene_list = [gene_list]
+        known = {name: i for i, name in enumerate(self.fit.var_names)}
+        absent = [gene for gene in gene_list if gene not in known]
+        if absent or not len(gene_list):
+            msg = f"{len(absent)} of the {len(gene_list)} genes in gene_list are not in the fit: {listing(absent)}."
+            raise KeyError(msg)
+        return np.array([known[gene] for gene in gene_list])
+
+
+def require(capability: Capability, fit: SavedFit, function: str) -> None:
+    """Raise a ValueError if the fitted model lacks a capability."""
+    able = [name for name in models.names() if capability in models.get(name).capabilities]
+    if fit.model not in able:
+        raise needs_capability(function, fit.model, able)
+
+
+def in_batch(cells: Minibatch, batch: int | None) -> Minibatch:
+    """The counterfactual of a minibatch: the same cells, had they been measured in ``batch``."""
+    return cells if batch is None else cells._replace(batch_index=cells.batch_index.new_full(cells.batch_index.shape, batch))

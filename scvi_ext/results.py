@@ -1,0 +1,123 @@
+"""The only file that assigns into an AnnData."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from scvi_ext._keys import FORMAT, UNS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from anndata import AnnData
+
+    from scvi_ext._contract import SavedFit
+
+
+def _own(adata: AnnData) -> None:
+    """A view becomes an AnnData of its own before it is written to, as in scanpy."""
+    if adata.is_view:
+        adata._init_as_actual(adata.copy())
+
+
+def _root(adata: AnnData) -> dict:
+    """``adata.uns["scvi_ext"]``, made where missing."""
+    _own(adata)
+    root = adata.uns.setdefault(UNS.root, {})
+    root[UNS.format] = FORMAT
+    return root
+
+
+def write_setup(adata: AnnData, setup: Mapping) -> None:
+    """``uns["scvi_ext"]["setup"]``, replacing an earlier one."""
+    _root(adata)[UNS.setup] = dict(setup)
+
+
+def write_fit(adata: AnnData, fit: SavedFit) -> None:
+    """``uns["scvi_ext"]["fits"][fit.key]``, replacing an earlier one, and the note that it is the last fit."""
+    saved = {
+        "model": fit.model,
+        "config": _without_none(fit.config),
+        "run": _without_none(fit.run),
+        "setup": dict(fit.setup),
+        "var_names": np.asarray(fit.var_names, dtype=object),
+        "state": dict(fit.state),
+        "history": fit.history.copy(),
+        "status": _without_none(fit.status),
+    }
+    if fit.checkpoint is not None:
+        saved["checkpoint"] = dict(fit.checkpoint)
+    root = _root(adata)
+    root.setdefault(UNS.fits, {})[fit.key] = saved
+    root[UNS.last_fit] = fit.key
+
+
+def _without_none(values: Mapping) -> dict:
+    """Older versions of the file formats have no None: what is absent is left out."""
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+
+
+def write_obs(adata: AnnData, name: str, values: np.ndarray, rows: np.ndarray | None = None) -> None:
+    """``obs[name]``; cells other than ``rows`` are NaN."""
+    _own(adata)
+    adata.obs[name] = _spread(values, adata.n_obs, rows)
+
+
+def write_var(adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray) -> None:
+    """``var[name]`` of the genes at ``columns``; others are NaN."""
+    _own(adata)
+    adata.var[name] = _spread(values, adata.n_vars, columns)
+
+
+def write_obsm(
+    adata: AnnData, name: str, values: np.ndarray, rows: np.ndarray | None = None, names: Sequence[str] | None = None
+) -> None:
+    """``obsm[name]``, as a table where its columns have ``names``; cells other than ``rows`` are NaN."""
+    _own(adata)
+    values = _spread(values, adata.n_obs, rows)
+    adata.obsm[name] = values if names is None else pd.DataFrame(values, index=adata.obs_names, columns=list(names))
+
+
+def write_varm(
+    adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray, names: Sequence[str] | None = None
+) -> None:
+    """``varm[name]`` of the genes at ``columns``, as a table where its columns have ``names``; others are NaN."""
+    _own(adata)
+    values = _spread(values, adata.n_vars, columns)
+    adata.varm[name] = values if names is None else pd.DataFrame(values, index=adata.var_names, columns=list(names))
+
+
+def write_layers(
+    adata: AnnData,
+    names: Sequence[str],
+    blocks: Iterable[tuple[slice, tuple[np.ndarray, ...]]],
+    rows: np.ndarray | None,
+    columns: np.ndarray,
+) -> None:
+    """``layers[name]``, float32, filled stretch by stretch as ``blocks`` come in, and assigned when they are complete.
+
+    Each block is a stretch of ``rows`` with one array for each name, its columns the genes at ``columns``. The rest is NaN.
+    """
+    _own(adata)
+    whole = rows is None and np.array_equal(columns, np.arange(adata.n_vars))
+    layers = [
+        np.empty(adata.shape, np.float32) if whole else np.full(adata.shape, np.nan, np.float32) for _ in names
+    ]
+    for stretch, arrays in blocks:
+        where = stretch if whole else np.ix_(np.arange(adata.n_obs)[stretch] if rows is None else rows[stretch], columns)
+        for layer, array in zip(layers, arrays, strict=True):
+            layer[where] = array
+    for name, layer in zip(names, layers, strict=True):
+        adata.layers[name] = layer
+
+
+def _spread(values: np.ndarray, n: int, where: np.ndarray | None) -> np.ndarray:
+    """``values`` at the positions ``where`` of an array of length ``n`` that is NaN elsewhere."""
+    if where is None:
+        return values
+    spread = np.full((n, *values.shape[1:]), np.nan, dtype=values.dtype)
+    spread[where] = values
+    return spread

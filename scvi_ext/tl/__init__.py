@@ -1,0 +1,23 @@
+"""Fit a model, and read out what it has learned."""
+
+from scvi_ext.tl._fit import fit
+from scvi_ext.tl._get_elbo import get_elbo
+from scvi_ext.tl._get_latent import get_latent
+from scvi_ext.tl._get_library_size import get_library_size
+from scvi_ext.tl._get_likelihood_parameters import get_likelihood_parameters
+from scvi_ext.tl._get_loadings import get_loadings
+from scvi_ext.tl._get_marginal_ll import get_marginal_ll
+from scvi_ext.tl._get_normalized_expression import get_normalized_expression
+from scvi_ext.tl._get_reconstruction_error import get_reconstruction_error
+
+__all__ = [
+    "fit",
+    "get_elbo",
+    "get_latent",
+    "get_library_size",
+    "get_likelihood_parameters",
+    "get_loadings",
+    "get_marginal_ll",
+    "get_normalized_expression",
+    "get_reconstruction_error",
+]

@@ -1,0 +1,423 @@
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scanpy import logging as logg
+
+from scvi_ext import models, results
+from scvi_ext._contract import SavedFit
+from scvi_ext._errors import ScviExtWarning, listing, unknown_keyword
+from scvi_ext._keys import UNS
+from scvi_ext._settings import settings
+from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit, read_setup
+from scvi_ext.data.sampler import split_cells
+from scvi_ext.data.store import CellStore
+from scvi_ext.engine import fit as engine
+from scvi_ext.engine.checkpoint import module_arrays
+from scvi_ext.engine.device import resolve_device, seeded
+from scvi_ext.engine.plan import Plan, make_plan
+from scvi_ext.fitted import ALWAYS_READ
+
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    from anndata import AnnData
+
+    from scvi_ext._contract import ModelSpec
+    from scvi_ext.engine.fit import Progress
+
+# What scvi-tools calls these options.
+_RENAMED = {
+    "accelerator": "device",
+    "batch_key": "an argument of pp.setup_anndata",
+    "early_stopping_patience": "early_stopping=<number of epochs>",
+    "gene_likelihood": "reconstruction_loss",
+    "labels_key": "an argument of pp.setup_anndata",
+    "layer": "an argument of pp.setup_anndata",
+    "n_epochs": "max_epochs",
+    "n_epochs_kl_warmup": "kl_warmup (a share of the steps)",
+    "plan_kwargs": "lr, kl_warmup and weight_decay",
+    "use_gpu": "device",
+    "use_observed_lib_size": "library='observed' or library='latent'",
+    "use_size_factor_key": "library='size_factor'",
+}
+
+
+def fit(
+    adata: AnnData,
+    model: str = "scvi",
+    *,
+    key_added: str | None = None,
+    max_epochs: int | None = None,
+    batch_size: int = 128,
+    train_size: float = 0.9,
+    validation_size: float | None = None,
+    early_stopping: bool | int = False,
+    lr: float | None = None,
+    plan: Literal["auto", "scvi-tools"] = "auto",
+    kl_warmup: float | None = None,
+    weight_decay: float | None = None,
+    device: str = "auto",
+    seed: int | None = None,
+    checkpoint: bool = False,
+    resume: bool = False,
+    progress: bool | None = None,
+    copy: bool = False,
+    **model_params: Any,
+) -> AnnData | None:
+    """Train a model on the counts, and keep it inside ``adata``.
+
+    Reads what :func:`~scvi_ext.pp.setup_anndata` registered. Logs the plan (epochs, steps, final KL weight, predicted time) at
+    verbosity info before it starts and shows a progress bar. Ctrl-C stops after the step under way: what has been trained is
+    kept, can be used, and can be continued with ``resume=True``.
+
+    Parameters
+    ----------
+    adata
+        Annotated data, set up.
+    model
+        Name of a model, see :func:`scvi_ext.models.show`.
+    key_added
+        Name of the fit, from which the slots of its read-outs are named; the name of the model by default.
+    max_epochs
+        Passes over the training cells; None takes the plan's.
+    batch_size
+        Cells per step.
+    train_size, validation_size
+        Shares of the cells to train on and to hold out; ``validation_size=None`` holds out the rest. Split by ``seed``.
+    early_stopping
+        Stop when the held-out ELBO has not improved for some epochs (a number, or True for the plan's) and restore the best
+        state. By default the plan is carried out to its end.
+    lr
+        Learning rate (of ``plan="auto"``: its peak).
+    plan
+        ``"auto"``: one-cycle learning rate over few epochs. ``"scvi-tools"``: the schedule of that library.
+    kl_warmup
+        Share of the planned steps over which the weight of KL(q(z) || p(z)) rises from 0 to 1.
+    weight_decay
+        L2 penalty of Adam, 1e-6 by default.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+    seed
+        Of initial weights, split, order of the cells, dropout and posterior samples; None takes ``settings.seed``. Global
+        random generators are neither read nor changed.
+    checkpoint
+        Keep the state of optimiser and generators too (about twice the size of the weights). An interrupted run keeps it
+        anyway.
+    resume
+        Go on with the fit ``key_added`` exactly where it stopped. All other options are those of that run.
+    progress
+        Show a bar; None shows it in terminals and notebooks.
+    copy
+        Return a copy instead of changing ``adata``.
+    **model_params
+        Options of the model, see :func:`scvi_ext.models.show`.
+
+    Returns
+    -------
+    ``None``, or the changed copy. Sets
+
+    ``adata.uns["scvi_ext"]["fits"][key_added]``
+        ``model``, ``config``, ``run``, ``setup``, ``var_names``, ``state`` (name -> array), ``history`` (one row per epoch:
+        ELBO, reconstruction loss and KL terms per cell for training and held-out cells; higher ELBO is better), ``status``.
+
+    Raises
+    ------
+    KeyError
+        ``adata`` was not set up, or there is no fit to resume.
+    TypeError
+        Unknown keyword; scvi-tools' names are answered with ours.
+    ValueError
+        An option has an impossible value, would have no effect, or contradicts the run to resume.
+    FloatingPointError
+        The loss is not finite from the first epoch on, at any learning rate tried.
+    KeyboardInterrupt
+        After the fit was written, if Ctrl-C was pressed (and ``copy=False``).
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.pbmc68k_counts()
+    >>> sx.pp.setup_anndata(adata, batch_key="batch")
+    >>> sx.tl.fit(adata, max_epochs=2)
+    >>> sx.get.history(adata)["elbo_train"].shape
+    (2,)
+
+    References
+    ----------
+    Lopez et al. (2018), Nature Methods 15, 1053. Svensson et al. (2020), Bioinformatics 36, 3418.
+    """
+    asked = {k: v for k, v in locals().items() if k in _RUN_ARGUMENTS and v != _DEFAULTS[k]} | model_params
+    adata = adata.copy() if copy else adata
+    target = resolve_device(device)
+    if resume:
+        fitted, module, store, plan_, resumed_from = _reopen(adata, key_added, model, asked)
+    else:
+        fitted, module, store, plan_ = _prepare(
+            adata,
+            model,
+            model_params,
+            key_added=key_added,
+            plan={
+                "name": plan,
+                "batch_size": batch_size,
+                "max_epochs": max_epochs,
+                "lr": lr,
+                "kl_warmup": kl_warmup,
+                "weight_decay": weight_decay,
+            },
+            split={"train_size": train_size, "validation_size": validation_size},
+            early_stopping=early_stopping,
+            seed=settings.seed if seed is None else _valid_seed(seed),
+        )
+        resumed_from = None
+
+    run = fitted.run
+    train, validation = split_cells(store.n_cells, run["train_size"], run.get("validation_size"), run["seed"])
+    with seeded(run["seed"] + 1, target):  # initial weights took run["seed"]
+        start = logg.info(f"fitting {fitted.model} on {len(train)} cells x {store.n_genes} genes, {len(validation)} held out")
+        done, state_of_run = engine.fit(
+            module,
+            store,
+            plan_,
+            train=train,
+            validation=validation,
+            seed=run["seed"],
+            device=target,
+            patience=run.get("patience"),
+            resume=resumed_from,
+            show_progress=progress,
+            announce=lambda seconds: _log_plan(plan_, seconds, target),
+        )
+
+    interrupted = done.stop_reason == "interrupted"
+    results.write_fit(
+        adata,
+        SavedFit(
+            key=fitted.key,
+            model=fitted.model,
+            config=fitted.config,
+            run=run,
+            setup=fitted.setup,
+            var_names=fitted.var_names,
+            state=module_arrays(module),
+            history=_history(done),
+            status=_status(done, plan_, store, fitted.var_names, target, run["seed"]),
+            checkpoint=state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
+        ),
+    )
+    _report(done, fitted, store)
+    logg.info(
+        f"    {done.stop_reason} after {len(done.history)} epochs",
+        time=start,
+        deep=f"added\n    {fitted.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])",
+    )
+    if interrupted and not copy:
+        raise KeyboardInterrupt
+    return adata if copy else None
+
+
+_RUN_ARGUMENTS = (
+    "max_epochs batch_size train_size validation_size early_stopping lr plan kl_warmup weight_decay seed".split()
+)
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
+
+
+def _prepare(
+    adata: AnnData,
+    model: str,
+    model_params: dict,
+    *,
+    key_added: str | None,
+    plan: dict,
+    split: dict,
+    early_stopping: bool | int,
+    seed: int,
+) -> tuple[SavedFit, Any, CellStore, Plan]:
+    """Check everything, read the cells, and build the module and the plan of a new fit. Writes nothing."""
+    spec = models.get(model)
+    registry = read_setup(adata)
+    config = _config(spec, registry, model_params)
+    key = _valid_key(spec.name if key_added is None else key_added)
+    needed = spec.needs(config)
+    _check_needs(registry, needed, spec.name)
+    n_train = len(split_cells(adata.n_obs, **split, seed=seed)[0])
+    plan_ = make_plan(n_cells=adata.n_obs, n_train=n_train, **plan)
+    patience = _patience(early_stopping, plan_, adata.n_obs - n_train, split["validation_size"])
+    store = CellStore.from_adata(adata, registry, columns=needed | ALWAYS_READ)
+    if "labels" in needed and (store.labels < 0).any():
+        msg = f"{(store.labels < 0).sum()} cells have no label, and dispersion='gene-label' needs one for every cell."
+        raise ValueError(msg)
+    with seeded(seed, resolve_device("cpu")):
+        module = models.build(spec, config, store.summary(registry))
+    run = {"plan": asdict(plan_), **split, "seed": seed, "patience": patience, "checkpoint": False}
+    fitted = SavedFit(
+        key=key,
+        model=spec.name,
+        config=asdict(config),
+        run=run,
+        setup=registry.to_uns(),
+        var_names=adata.var_names.to_numpy(dtype=object),
+        state={},
+        history=pd.DataFrame(),
+        status={},
+    )
+    return fitted, module, store, plan_
+
+
+def _reopen(
+    adata: AnnData, key_added: str | None, model: str, asked: dict
+) -> tuple[SavedFit, Any, CellStore, Plan, dict[str, np.ndarray]]:
+    """The same for a fit that goes on."""
+    fitted = read_fit(adata, model if key_added is None else key_added)
+    check_fit_matches_setup(fitted, adata)
+    if asked:
+        msg = f"resume=True goes on with the options of the run it continues; leave out {listing(asked)}."
+        raise ValueError(msg)
+    if fitted.checkpoint is None:
+        msg = (
+            f"Fit {fitted.key!r} was kept without a checkpoint, so it cannot go on. Fit again with checkpoint=True "
+            "(an interrupted fit keeps one by itself)."
+        )
+        raise ValueError(msg)
+    registry = Registry.from_uns(fitted.setup)
+    spec = models.get(fitted.model)
+    config = spec.config(**fitted.config)
+    store = CellStore.from_adata(adata, registry, var_names=fitted.var_names, columns=spec.needs(config) | ALWAYS_READ)
+    if store.fingerprint() != fitted.status["data"]:
+        msg = (
+            f"Fit {fitted.key!r} was trained on other data: cells, counts or covariates of adata have changed since. "
+            "Resume on the same cells in the same order, or fit anew."
+        )
+        raise ValueError(msg)
+    module = models.build(spec, config, store.summary(registry))
+    return fitted, module, store, Plan(**fitted.run["plan"]), dict(fitted.checkpoint)
+
+
+def _config(spec: ModelSpec, registry: Registry, model_params: dict) -> Any:
+    valid = {f.name for f in fields(spec.config)}
+    for name in model_params:
+        if name not in valid:
+            own = [n for n in _DEFAULTS if n not in ("adata", "model", "model_params")]
+            raise unknown_keyword(f"tl.fit(model={spec.name!r})", name, [*own, *valid], _RENAMED.get(name))
+    if registry.size_factor_key is not None and "library" in valid:
+        model_params = {"library": "size_factor"} | model_params
+    return spec.config(**model_params)
+
+
+def _check_needs(registry: Registry, needed: frozenset[str], model: str) -> None:
+    keys = {"labels": "labels_key", "size_factor": "size_factor_key", "protein": "protein_obsm_key"}
+    for column in sorted(needed):
+        if getattr(registry, keys[column]) is None:
+            msg = (
+                f"Model {model!r} with these options needs {keys[column]}, which is not registered: call "
+                f"pp.setup_anndata(adata, {keys[column]}=...)."
+            )
+            raise ValueError(msg)
+
+
+def _valid_key(key: str) -> str:
+    if not isinstance(key, str) or not key or "/" in key:
+        msg = f"key_added={key!r} must be a name without '/' (h5ad and zarr take it for a path)."
+        raise ValueError(msg)
+    return key
+
+
+def _valid_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63 - 1:
+        msg = f"seed={seed!r} must be a whole number, 0 or more."
+        raise ValueError(msg)
+    return int(seed)
+
+
+def _patience(early_stopping: bool | int, plan: Plan, n_rest: int, validation_size: float | None) -> int | None:
+    if early_stopping is False:
+        return None
+    if early_stopping is not True and early_stopping < 1:
+        msg = f"early_stopping={early_stopping!r} must be True, False or a number of epochs, 1 or more."
+        raise ValueError(msg)
+    if n_rest == 0 or validation_size == 0:
+        msg = "early_stopping watches held-out cells, and there are none: choose a smaller train_size."
+        raise ValueError(msg)
+    return plan.patience if early_stopping is True else int(early_stopping)
+
+
+def _log_plan(plan: Plan, seconds: float, device: object) -> None:
+    schedule = f"one cycle with peak {plan.lr:g}" if plan.one_cycle else f"constant {plan.lr:g}"
+    logg.info(
+        f"    plan {plan.name!r}: {plan.n_epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} cells, "
+        f"learning rate {schedule}, final KL weight {plan.final_kl_weight:.3g}, about {_duration(seconds)} on {device}"
+    )
+    if plan.final_kl_weight < 1:
+        warnings.warn(
+            f"The KL weight ends at {plan.final_kl_weight:.3g}, not 1, so the prior of z is not fully enforced. "
+            "Use plan='auto', or give kl_warmup.",
+            ScviExtWarning,
+            stacklevel=4,
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _history(done: Progress) -> pd.DataFrame:
+    history = pd.DataFrame(done.history)
+    history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
+    return history
+
+
+def _status(
+    done: Progress, plan: Plan, store: CellStore, var_names: np.ndarray, device: object, seed: int
+) -> dict[str, Any]:
+    suspects = sorted({i for event in done.events for i in event.suspects})
+    genes = sorted({i for event in done.events for i in event.genes})
+    return {
+        "steps": done.step,
+        "epochs": len(done.history),
+        "stop_reason": done.stop_reason,
+        "kl_weight_final": plan.kl_weight_at(max(done.step - 1, 0)),
+        "best_epoch": done.best_epoch + 1 if done.best_state is not None else None,
+        "non_finite_events": len(done.events),
+        "non_finite_cells": _names(store.obs_names, done.excluded),
+        "non_finite_suspects": _names(store.obs_names, suspects),
+        "non_finite_genes": _names(var_names, genes),
+        "device": str(device),
+        "seed": seed,
+        "data": store.fingerprint(),
+        "versions": {name: version(name) for name in ("scvi-ext", "torch", "anndata", "numpy")},
+    }
+
+
+def _names(names: Any, positions: list[int]) -> list[str] | None:
+    return [str(names[i]) for i in positions] or None
+
+
+def _report(done: Progress, fitted: SavedFit, store: CellStore) -> None:
+    """Say aloud what a user must know about the run."""
+    if done.stop_reason == "interrupted":
+        logg.warning(
+            f"interrupted at step {done.step}; what was trained is kept as {fitted.key!r}. "
+            f"Go on with tl.fit(adata, {fitted.model!r}, key_added={fitted.key!r}, resume=True)."
+        )
+    if done.events:
+        last = done.events[-1]
+        who = (
+            f"left out cells without a finite loss: {listing(store.obs_names[list(done.excluded)])}"
+            if done.excluded
+            else f"lowered the learning rate; cells with the largest loss: {listing(store.obs_names[list(last.suspects)], 5)}"
+        )
+        warnings.warn(
+            f"The loss was not finite {len(done.events)} times; each time the last good state was restored, and the fit {who}. "
+            f"Genes with the most extreme counts there: {listing(fitted.var_names[list(last.genes)], 5)}.",
+            ScviExtWarning,
+            stacklevel=3,
+        )

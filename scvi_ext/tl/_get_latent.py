@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scanpy import logging as logg
+
+from scvi_ext import results
+from scvi_ext.fitted import Fitted
+from scvi_ext.functional.sampling import sample_normal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+    from scvi_ext._contract import Minibatch
+    from scvi_ext.engine.map_cells import Draws
+
+
+def get_latent(
+    adata: AnnData,
+    *,
+    key: str | None = None,
+    give_mean: bool = True,
+    mc_samples: int = 5000,
+    return_dist: bool = False,
+    indices: Sequence | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    key_added: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Latent representation of each cell, ready for ``sc.pp.neighbors(adata, use_rep="X_scvi")``.
+
+    Genes are found by name, so new cells with the same genes in another order work too.
+
+    Parameters
+    ----------
+    adata
+        Annotated data that holds the fit.
+    key
+        Which fit; the last one by default.
+    give_mean
+        The mean of q(z | x). False: one posterior sample.
+    mc_samples
+        Posterior samples for the mean of a logistic normal (``latent_distribution="ln"``), which has no closed form. Without
+        effect on a normal one, whose mean is exact.
+    return_dist
+        Write location and variance of q(z | x) instead (of a logistic normal: before the softmax).
+    indices
+        The cells: positions, mask or names. The others become NaN.
+    batch_size
+        Cells per forward pass; results do not depend on it.
+    seed
+        Of the samples.
+    key_added
+        Slot to write, ``"X_<key>"`` by default.
+    copy
+        Return a copy instead of changing ``adata``.
+
+    Returns
+    -------
+    ``None``, or the changed copy. Sets
+
+    ``adata.obsm["X_<key>"]``
+        float32, cells x n_latent.
+    ``adata.obsm["X_<key>_var"]``
+        float32, cells x n_latent; with ``return_dist`` only.
+
+    Raises
+    ------
+    KeyError
+        No such fit, or genes of the fit are missing.
+    ValueError
+        ``give_mean=False`` together with ``return_dist=True``.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.pbmc68k_counts()
+    >>> sx.pp.setup_anndata(adata, batch_key="batch")
+    >>> sx.tl.fit(adata, max_epochs=2)
+    >>> sx.tl.get_latent(adata)
+    >>> adata.obsm["X_scvi"].shape
+    (700, 10)
+    """
+    if return_dist and not give_mean:
+        msg = "give_mean=False asks for a sample and return_dist=True for the distribution: choose one."
+        raise ValueError(msg)
+    if mc_samples < 1:
+        msg = f"mc_samples={mc_samples} must be 1 or more."
+        raise ValueError(msg)
+    adata = adata.copy() if copy else adata
+    fitted = Fitted.open(adata, key, indices)
+    module = fitted.module
+    logistic = module.latent_distribution == "ln"
+    n_draws = mc_samples if logistic and give_mean and not return_dist else 1
+
+    def represent(cells: Minibatch, draws: Draws) -> tuple[np.ndarray, ...]:
+        qz = module.encode(cells)
+        if return_dist:
+            return qz.loc.cpu().numpy(), (qz.scale**2).cpu().numpy()
+        if not give_mean:
+            noise = draws.normal(len(qz.loc), module.n_latent)
+            return (module.transform_z(sample_normal(qz, noise)).cpu().numpy(),)
+        noise = draws.normal(len(qz.loc), mc_samples, module.n_latent) if logistic else None
+        return (module.mean_z(qz, noise).cpu().numpy(),)
+
+    start = logg.info(f"computing the latent representation of fit {fitted.fit.key!r}")
+    floats = n_draws * module.n_latent
+    parts = [values for _, values in fitted.map(represent, batch_size=batch_size, seed=seed, floats_per_cell=floats)]
+    slot = fitted.keys.latent if key_added is None else key_added
+    names = [slot, fitted.keys.latent_var if key_added is None else f"{key_added}_var"]
+    written = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    for name, values in zip(names, written, strict=False):
+        results.write_obsm(adata, name, values, fitted.rows)
+    listed = ", ".join(repr(name) for name in names[: len(written)])
+    logg.info("    finished", time=start, deep=f"added\n    {listed}, latent representation (adata.obsm)")
+    return adata if copy else None

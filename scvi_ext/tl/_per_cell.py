@@ -1,0 +1,65 @@
+"""What get_elbo, get_reconstruction_error and get_marginal_ll share: one number per cell, returned as a mean or written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scanpy import logging as logg
+
+from scvi_ext import results
+from scvi_ext.fitted import Fitted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from anndata import AnnData
+    from torch import Tensor, nn
+
+    from scvi_ext._contract import Minibatch
+    from scvi_ext.engine.map_cells import Draws
+
+
+def per_cell(
+    adata: AnnData,
+    value: Callable[[nn.Module, Minibatch, Tensor], Tensor],
+    name: str,
+    *,
+    key: str | None,
+    indices: Sequence | None,
+    n_samples: int,
+    return_mean: bool,
+    batch_size: int | None,
+    seed: int | None,
+    key_added: str | None,
+    copy: bool,
+) -> float | AnnData | None:
+    """Compute ``value(module, cells, noise)`` with noise of shape (B, S, n_noise) for every cell.
+
+    ``name`` is the attribute of :class:`~scvi_ext._keys.FitKeys` that names the slot.
+    """
+    if n_samples < 1:
+        msg = f"The number of samples is {n_samples}; it must be 1 or more."
+        raise ValueError(msg)
+    if return_mean and (copy or key_added is not None):
+        msg = "return_mean=True returns a number and writes nothing: leave out copy and key_added, or ask for return_mean=False."
+        raise ValueError(msg)
+    adata = adata.copy() if copy else adata
+    fitted = Fitted.open(adata, key, indices)
+    module = fitted.module
+
+    def values_of(cells: Minibatch, draws: Draws) -> np.ndarray:
+        noise = draws.normal(len(cells.x), n_samples, module.n_noise)
+        return value(module, cells, noise).double().cpu().numpy()
+
+    what = name.replace("_", " ")
+    start = logg.info(f"computing the {what} of fit {fitted.fit.key!r}")
+    parts = fitted.map(values_of, batch_size=batch_size, seed=seed, floats_per_cell=n_samples * module.n_noise)
+    values = np.concatenate([part for _, part in parts])
+    if return_mean:
+        logg.info("    finished", time=start)
+        return float(values.mean())
+    slot = getattr(fitted.keys, name) if key_added is None else key_added
+    results.write_obs(adata, slot, values, fitted.rows)
+    logg.info("    finished", time=start, deep=f"added\n    {slot!r}, {what} in nats (adata.obs)")
+    return adata if copy else None
