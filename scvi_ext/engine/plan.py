@@ -88,8 +88,8 @@ def make_plan(
     steps_per_epoch = math.ceil(n_train / batch_size)
     if name == "auto":
         n_epochs = max_epochs or auto_epochs(n_train, batch_size)
-        warmup = math.ceil((0.3 if kl_warmup is None else kl_warmup) * n_epochs * steps_per_epoch)
-        default_lr, patience = 3e-2, max(5, n_epochs // 4)
+        warmup = math.ceil((0.5 if kl_warmup is None else kl_warmup) * n_epochs * steps_per_epoch)
+        default_lr, patience = 2e-2, max(5, n_epochs // 4)
     else:
         n_epochs = max_epochs or min(400, max(1, round(400 * 20_000 / n_cells)))
         warmup = 400 * steps_per_epoch if kl_warmup is None else math.ceil(kl_warmup * n_epochs * steps_per_epoch)
@@ -110,9 +110,13 @@ def make_plan(
 
 
 def auto_epochs(n_train: int, batch_size: int) -> int:
-    """Epochs of the one-cycle plan: enough steps for small data, enough passes for large data."""
+    """Epochs of the one-cycle plan: steps grow with the square root of the cells, and every cell is seen four times.
+
+    On data sets from 700 to 20,000 cells more steps fit the training cells better and the held-out ones and the cell types
+    worse; see the page on training.
+    """
     steps_per_epoch = math.ceil(n_train / batch_size)
-    return min(400, max(8, math.ceil(800 / steps_per_epoch)))
+    return max(4, math.ceil(8 * math.sqrt(n_train) / steps_per_epoch))
 
 
 def _check(name: str, value: object, good: bool, expected: str) -> None:
