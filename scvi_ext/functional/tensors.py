@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def one_hot(index: Tensor, n_cat: int) -> Tensor:
-    """Integer codes of shape (B,) or (B, 1) as float32 indicators of shape (B, n_cat)."""
-    return torch.nn.functional.one_hot(index.reshape(-1), n_cat).to(torch.float32)
+    """Codes of shape (B,) or (B, 1), of any number type, as float32 indicators of shape (B, n_cat)."""
+    return torch.nn.functional.one_hot(index.reshape(-1).long(), n_cat).to(torch.float32)
 
 
 def enumerate_discrete(x: Tensor, y_dim: int) -> Tensor:
-    """Every label for every cell, label by label: one-hot integers of shape (y_dim * B, y_dim)."""
-    return torch.eye(y_dim, dtype=torch.long, device=x.device).repeat_interleave(x.shape[0], 0)
+    """Every label for every cell, label by label: float32 indicators of shape (y_dim * B, y_dim)."""
+    return torch.eye(y_dim, device=x.device).repeat_interleave(x.shape[0], 0)
 
 
 def broadcast_labels(y: Tensor | None, *o: Tensor | None, n_broadcast: int = -1) -> tuple:
