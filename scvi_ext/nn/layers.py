@@ -127,9 +127,9 @@ class FCLayers(nn.Module):
         return x
 
     def _one_hots(self, cat_list: Sequence[Tensor]) -> list[Tensor]:
-        if len(cat_list) < len(self.n_cat_list):
+        if len(cat_list) != len(self.n_cat_list):
             msg = f"{len(cat_list)} categorical covariates given, {len(self.n_cat_list)} expected."
             raise ValueError(msg)
-        kept = [(c, n) for c, n in zip(cat_list, self.n_cat_list, strict=False) if n > 1]
+        kept = [(c, n) for c, n in zip(cat_list, self.n_cat_list, strict=True) if n > 1]
         dtype = self.layers[0].linear.weight.dtype
         return [(c if c.dim() == 2 and c.shape[1] == n else one_hot(c, n)).to(dtype) for c, n in kept]
