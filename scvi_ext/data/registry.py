@@ -134,13 +134,13 @@ def read_fit(adata: AnnData, key: str | None = None) -> SavedFit:
     return SavedFit(
         key=key,
         model=str(saved["model"]),
-        config=_plain(saved["config"]),
-        run=_plain(saved["run"]),
+        config=_plain(saved.get("config", {})),
+        run=_plain(saved.get("run", {})),
         setup=Registry.from_uns(saved["setup"]).to_uns(),
         var_names=np.array(_strings(saved["var_names"])),
         state={name: np.asarray(value) for name, value in saved["state"].items()},
         history=saved["history"],
-        status=_plain(saved["status"]),
+        status=_plain(saved.get("status", {})),
         checkpoint=None if checkpoint is None else {name: np.asarray(value) for name, value in checkpoint.items()},
     )
 

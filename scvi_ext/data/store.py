@@ -252,17 +252,17 @@ class CellStore:
         return self.counts.shape[1]
 
     def summary(self, registry: Registry) -> DataSummary:
-        """Sizes, and mean and variance of the log library size of the non-empty cells in each batch.
+        """Sizes, and mean and variance of the log library size of the cells with a positive finite sum in each batch.
 
-        The variance is that of the population, at least ``MIN_LIBRARY_VARIANCE``. A batch without cells gets the mean
-        and variance over all cells.
+        The variance is that of the population, at least ``MIN_LIBRARY_VARIANCE``. A batch without such cells gets the
+        mean and variance over all of them.
         """
         totals, _ = self._sums()
-        filled = totals > 0
+        filled = (totals > 0) & np.isfinite(totals)
         library, batches = np.log(totals[filled]), self.batch_index[filled]
         sizes = registry.sizes(self.n_genes)
         groups = [library[batches == batch] for batch in range(sizes.n_batch)]
-        groups = [group if len(group) else library for group in groups]
+        groups = [next(values for values in (group, library, np.zeros(1)) if len(values)) for group in groups]
         return replace(
             sizes,
             library_log_means=tuple(float(group.mean()) for group in groups),

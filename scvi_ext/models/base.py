@@ -161,6 +161,10 @@ class CountVAE(nn.Module, ABC):
             "deeply_inject_covariates=False has no effect with n_layers=1: covariates enter the first layer anyway.",
         )
         _refuse(
+            latent_distribution == "ln" and n_latent == 1,
+            "latent_distribution='ln' leaves nothing to learn with n_latent=1: the softmax of one number is always 1.",
+        )
+        _refuse(
             batch_representation == "embedding" and n_batch < 2,
             "batch_representation='embedding' has no effect: there is only one batch.",
         )
@@ -177,6 +181,10 @@ class CountVAE(nn.Module, ABC):
         }
 
         self.covariates = Covariates(n_batch, n_cats_per_cov, n_continuous_cov, batch_representation)
+        _refuse(
+            not deeply_inject_covariates and max(self.covariates.n_cat_list, default=0) < 2,
+            "deeply_inject_covariates=False has no effect: there is no one-hot covariate to leave out of deeper layers.",
+        )
 
         def encoder(n_output: int, n_layers: int) -> Encoder:
             return Encoder(
@@ -297,13 +305,13 @@ class CountVAE(nn.Module, ABC):
 
     def sample_from_posterior_z(self, x: Tensor, y: Tensor | None = None, give_mean: bool = False) -> Tensor:
         """One sample of q(z | x), or its mean, shape (B, L). ``y`` is accepted for models whose z depends on it."""
-        cells = self._cells(x, None, y)
+        cells = self._cells(x, None, y, decoded=False)
         qz = self.encode(cells)
         return self.mean_z(qz) if give_mean else self.transform_z(sample_normal(qz))
 
     def sample_from_posterior_l(self, x: Tensor) -> Tensor:
         """One sample of the log library size, or the known one, shape (B, 1)."""
-        cells = self._cells(x)
+        cells = self._cells(x, decoded=False)
         ql = self.encode_library(cells)
         return self.library.point(cells) if ql is None else sample_normal(ql)
 
@@ -331,10 +339,13 @@ class CountVAE(nn.Module, ABC):
 
     def scale_from_z(self, sample_batch: Tensor, fixed_batch: int) -> Tensor:
         """Normalised expression of the counts ``sample_batch`` (B, G), encoded, then decoded in batch ``fixed_batch``."""
-        cells = self._cells(sample_batch)
+        cells = self._cells(sample_batch, decoded=False)
         z = self.transform_z(sample_normal(self.encode(cells)))
-        fixed = cells._replace(batch_index=torch.full_like(cells.batch_index, fixed_batch))
-        return self.decode(z, fixed, z.new_full((z.shape[0], 1), _CONSTANT_LOG_LIBRARY)).scale
+        fixed = self._in_batch(cells, fixed_batch)
+        log_library = z.new_full((z.shape[0], 1), _CONSTANT_LOG_LIBRARY)
+        return self.decoder.parameters_of_counts(
+            self.covariates.append(z, fixed), log_library, *self.covariates.codes(fixed)
+        )[0]
 
     def inference(
         self,
@@ -350,7 +361,7 @@ class CountVAE(nn.Module, ABC):
         variances ``qz_m``, ``qz_v``, ``ql_m``, ``ql_v`` (None where the library is known). With ``n_samples > 1``
         samples come first: (S, B, ...).
         """
-        cells = self._cells(x, batch_index, y)
+        cells = self._cells(x, batch_index, y, decoded=transform_batch is None)
         qz, ql = self.posteriors(cells)
         lead = (n_samples,) if n_samples > 1 else ()
         z = self.transform_z(sample_normal(qz, torch.randn(*lead, *qz.loc.shape, device=x.device)))
@@ -358,9 +369,7 @@ class CountVAE(nn.Module, ABC):
             log_library = self.library.point(cells).expand(*lead, -1, -1)
         else:
             log_library = sample_normal(ql, torch.randn(*lead, *ql.loc.shape, device=x.device))
-        decoded_in = cells
-        if transform_batch is not None:
-            decoded_in = cells._replace(batch_index=torch.full_like(cells.batch_index, transform_batch))
+        decoded_in = cells if transform_batch is None else self._in_batch(cells, transform_batch)
         px = self.decode(z, decoded_in, log_library)
         return {
             "px_scale": px.scale,
@@ -419,18 +428,32 @@ class CountVAE(nn.Module, ABC):
                 "built with library='latent'."
             )
             raise ValueError(msg)
-        return kl_normal(ql, Posterior(local_l_mean, torch.sqrt(local_l_var)))
+        return kl_normal(ql, Posterior(local_l_mean.reshape(-1, 1), torch.sqrt(local_l_var).reshape(-1, 1)))
 
-    def _cells(self, x: Tensor, batch_index: Tensor | None = None, y: Tensor | None = None) -> Minibatch:
-        """A minibatch from the seed's loose tensors."""
-        if self.covariates.n_categorical or isinstance(self.library, SizeFactorLibrary):
-            msg = "This module has covariates or size factors: call encode, decode and loss with a Minibatch instead."
-            raise ValueError(msg)
+    def _cells(
+        self, x: Tensor, batch_index: Tensor | None = None, y: Tensor | None = None, *, decoded: bool = True
+    ) -> Minibatch:
+        """A minibatch from the seed's loose tensors; ``decoded``: whether it will be decoded in the cells' own batches."""
+        known = self.covariates
+        _refuse(
+            known.n_categorical or known.n_continuous or isinstance(self.library, SizeFactorLibrary),
+            "This module has covariates or size factors: call encode, decode and loss with a Minibatch instead.",
+        )
+        _refuse(
+            batch_index is None and known.n_batch > 1 and (decoded or self.encode_covariates),
+            f"The batch of each cell is needed (n_batch={known.n_batch}): give batch_index, or call encode and decode "
+            "with a Minibatch.",
+        )
         if batch_index is None:
             batch_index = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return Minibatch(x, batch_index.reshape(-1).long(), None if y is None else y.reshape(-1).long())
 
+    def _in_batch(self, cells: Minibatch, batch: int) -> Minibatch:
+        n_batch = max(self.covariates.n_batch, 1)
+        _refuse(not 0 <= batch < n_batch, f"There is no batch {batch!r}: the module knows 0 to {n_batch - 1}.")
+        return cells._replace(batch_index=torch.full_like(cells.batch_index, batch))
 
-def _refuse(condition: bool, msg: str) -> None:
+
+def _refuse(condition: object, msg: str) -> None:
     if condition:
         raise ValueError(msg)

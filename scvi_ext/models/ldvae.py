@@ -48,6 +48,8 @@ class LDVAE(CountVAE):
         encoder's.
     bias
         Whether the linear decoder has a bias besides that of its batch normalisation.
+    encode_covariates, deeply_inject_covariates
+        Of the encoder; the second needs the first.
     use_batch_norm
         Where to normalise.
     use_layer_norm
@@ -70,11 +72,19 @@ class LDVAE(CountVAE):
         reconstruction_loss: str = "zinb",
         *,
         bias: bool = False,
+        encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
         use_batch_norm: str = "both",
         use_layer_norm: str = "none",
         **options: object,
     ):
         one_of("use_layer_norm", use_layer_norm, ("encoder", "none"))
+        if not (deeply_inject_covariates or encode_covariates):
+            msg = (
+                "deeply_inject_covariates=False has no effect without encode_covariates=True: the linear decoder has no "
+                "deeper layers."
+            )
+            raise ValueError(msg)
         super().__init__(
             n_input,
             n_batch,
@@ -86,6 +96,8 @@ class LDVAE(CountVAE):
             dispersion,
             log_variational,
             reconstruction_loss,
+            encode_covariates=encode_covariates,
+            deeply_inject_covariates=deeply_inject_covariates,
             use_batch_norm=use_batch_norm,
             use_layer_norm=use_layer_norm,
             **options,

@@ -38,7 +38,9 @@ class Covariates(nn.Module):
         self.batch_embedding = nn.Embedding(n_batch, _EMBEDDING_DIM) if embedded else None
         self.n_dense = n_continuous_cov + (_EMBEDDING_DIM if embedded else 0)
         self.n_cat_list = [*([] if embedded else [n_batch]), *n_cats_per_cov]
+        self.n_batch = n_batch
         self.n_categorical = len(n_cats_per_cov)
+        self.n_continuous = n_continuous_cov
 
     def append(self, x: Tensor, cells: Minibatch) -> Tensor:
         """``x`` (B, n) or (S, B, n) with the dense covariates as further columns."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +27,15 @@ class Dispersion(nn.Module):
     def __init__(self, kind: str, n_genes: int, n_batch: int, n_labels: int):
         super().__init__()
         rows = {"gene": (), "gene-batch": (max(n_batch, 1),), "gene-label": (n_labels,)}[kind]
-        column = {"gene": None, "gene-batch": "batch_index", "gene-label": "labels"}[kind]
-        self.codes = None if column is None else attrgetter(column)
+        self.column = {"gene": None, "gene-batch": "batch_index", "gene-label": "labels"}[kind]
         self.log_theta = nn.Parameter(torch.randn(*rows, n_genes))
 
     def forward(self, cells: Minibatch) -> Tensor:
         """Shape (G,) or (B, G)."""
-        log_theta = self.log_theta if self.codes is None else self.log_theta[self.codes(cells)]
-        return torch.exp(log_theta)
+        if self.column is None:
+            return torch.exp(self.log_theta)
+        codes = getattr(cells, self.column)
+        if codes is None:
+            msg = "dispersion='gene-label' needs the label of each cell, and no labels were given."
+            raise ValueError(msg)
+        return torch.exp(self.log_theta[codes])

@@ -175,6 +175,7 @@ def fit(
             split={"train_size": train_size, "validation_size": validation_size},
             early_stopping=early_stopping,
             seed=settings.seed if seed is None else _valid_seed(seed),
+            checkpoint=checkpoint,
         )
         resumed_from = None
 
@@ -218,7 +219,7 @@ def fit(
         time=start,
         deep=f"added\n    {fitted.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])",
     )
-    if interrupted and not copy:
+    if done.ctrl_c and not copy:
         raise KeyboardInterrupt
     return adata if copy else None
 
@@ -239,6 +240,7 @@ def _prepare(
     split: dict,
     early_stopping: bool | int,
     seed: int,
+    checkpoint: bool,
 ) -> tuple[SavedFit, Any, CellStore, Plan]:
     """Check everything, read the cells, and build the module and the plan of a new fit. Writes nothing."""
     spec = models.get(model)
@@ -247,16 +249,16 @@ def _prepare(
     key = _valid_key(spec.name if key_added is None else key_added)
     needed = spec.needs(config)
     _check_needs(registry, needed, spec.name)
-    n_train = len(split_cells(adata.n_obs, **split, seed=seed)[0])
-    plan_ = make_plan(n_cells=adata.n_obs, n_train=n_train, **plan)
-    patience = _patience(early_stopping, plan_, adata.n_obs - n_train, split["validation_size"])
+    train, validation = split_cells(adata.n_obs, **split, seed=seed)
+    plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), **plan)
+    patience = _patience(early_stopping, plan_, len(validation))
     store = CellStore.from_adata(adata, registry, columns=needed | ALWAYS_READ)
     if "labels" in needed and (store.labels < 0).any():
         msg = f"{(store.labels < 0).sum()} cells have no label, and dispersion='gene-label' needs one for every cell."
         raise ValueError(msg)
     with seeded(seed, resolve_device("cpu")):
         module = models.build(spec, config, store.summary(registry))
-    run = {"plan": asdict(plan_), **split, "seed": seed, "patience": patience, "checkpoint": False}
+    run = {"plan": asdict(plan_), **split, "seed": seed, "patience": patience, "checkpoint": checkpoint}
     fitted = SavedFit(
         key=key,
         model=spec.name,
@@ -277,6 +279,9 @@ def _reopen(
     """The same for a fit that goes on."""
     fitted = read_fit(adata, model if key_added is None else key_added)
     check_fit_matches_setup(fitted, adata)
+    if model != fitted.model:
+        msg = f"Fit {fitted.key!r} is of the model {fitted.model!r}, not {model!r}: name it to resume, model={fitted.model!r}."
+        raise ValueError(msg)
     if asked:
         msg = f"resume=True goes on with the options of the run it continues; leave out {listing(asked)}."
         raise ValueError(msg)
@@ -296,7 +301,8 @@ def _reopen(
             "Resume on the same cells in the same order, or fit anew."
         )
         raise ValueError(msg)
-    module = models.build(spec, config, store.summary(registry))
+    with seeded(0, resolve_device("cpu")):  # a module draws initial weights, even if it is given others
+        module = models.build(spec, config, store.summary(registry))
     return fitted, module, store, Plan(**fitted.run["plan"]), dict(fitted.checkpoint)
 
 
@@ -336,13 +342,13 @@ def _valid_seed(seed: int) -> int:
     return int(seed)
 
 
-def _patience(early_stopping: bool | int, plan: Plan, n_rest: int, validation_size: float | None) -> int | None:
+def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int | None:
     if early_stopping is False:
         return None
     if early_stopping is not True and early_stopping < 1:
         msg = f"early_stopping={early_stopping!r} must be True, False or a number of epochs, 1 or more."
         raise ValueError(msg)
-    if n_rest == 0 or validation_size == 0:
+    if n_validation == 0:
         msg = "early_stopping watches held-out cells, and there are none: choose a smaller train_size."
         raise ValueError(msg)
     return plan.patience if early_stopping is True else int(early_stopping)

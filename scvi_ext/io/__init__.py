@@ -1,0 +1,9 @@
+"""Models on disk: folders of our own, and models trained with scvi-tools."""
+
+from __future__ import annotations
+
+from ._read_model import read_model
+from ._scvi_tools import read_scvi_tools
+from ._write_model import write_model
+
+__all__ = ["read_model", "read_scvi_tools", "write_model"]

@@ -1,0 +1,97 @@
+"""Check a fit that was read from a file, and hand it to an AnnData."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+from scanpy import logging as logg
+
+from scvi_ext import models, results
+from scvi_ext._errors import listing
+from scvi_ext._keys import UNS
+from scvi_ext.data.matrix import counts_matrix
+from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, read_root
+from scvi_ext.data.store import check_unique_genes, protein_matrix
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_ext._contract import SavedFit
+
+
+def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
+    """Return ``fit``, or write it into ``adata`` with its setup if there is none. All checks come first."""
+    registry = Registry.from_uns(fit.setup)
+    _check_key(fit.key)
+    _check_state(fit, registry)
+    if adata is None:
+        return fit
+    check_fit_matches_setup(fit, adata)
+    _check_genes(fit, adata)
+    _check_slots(registry, adata)
+    slots = f"\n    {fit.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])"
+    if UNS.setup not in read_root(adata):
+        results.write_setup(adata, fit.setup)
+        slots += f"\n    {UNS.setup!r}, what the model reads (adata.uns[{UNS.root!r}])"
+    results.write_fit(adata, fit)
+    logg.info(f"read a {fit.model!r} fit of {len(fit.var_names)} genes", deep=f"added{slots}")
+    return None
+
+
+def _check_key(key: str) -> None:
+    if not isinstance(key, str) or not key or "/" in key:
+        msg = f"key_added={key!r} must be a name without '/' (h5ad and zarr take it for a path)."
+        raise ValueError(msg)
+
+
+def _check_state(fit: SavedFit, registry: Registry) -> None:
+    """Raise a ValueError unless options and weights are those of a module that can be built here."""
+    spec = models.get(fit.model)
+    unknown = fit.config.keys() - {field.name for field in fields(spec.config)}
+    if unknown:
+        msg = (
+            f"The fit {fit.key!r} has options that {fit.model!r} does not have in this version of scvi_ext: "
+            f"{listing(sorted(unknown))}. If it was written by a newer version, update scvi_ext."
+        )
+        raise ValueError(msg)
+    summary = registry.sizes(len(fit.var_names))
+    with torch.device("meta"):  # shapes only: no memory, and no draw from the global generator
+        module = models.build(spec, spec.config(**fit.config), summary)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: array.shape for name, array in fit.state.items()}
+    problems = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]},
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {listing(sorted(names))}" for kind, names in problems.items() if names)
+        msg = (
+            f"The weights of the fit {fit.key!r} are not those of a {fit.model!r} model with its options, "
+            f"{summary.n_input} genes and {summary.n_batch} batches. {listed}."
+        )
+        raise ValueError(msg)
+
+
+def _check_genes(fit: SavedFit, adata: AnnData) -> None:
+    check_unique_genes(adata)
+    absent = [gene for gene in fit.var_names if gene not in adata.var_names]
+    if absent:
+        msg = (
+            f"{len(absent)} of the {len(fit.var_names)} genes of the model are not in adata.var_names: "
+            f"{listing(absent, 5)}. All of them are needed, in any order, under the same names."
+        )
+        raise KeyError(msg)
+
+
+def _check_slots(registry: Registry, adata: AnnData) -> None:
+    """Raise a KeyError for a slot that the model reads and ``adata`` does not have."""
+    counts_matrix(adata, registry.layer)
+    keys = [registry.batch_key, registry.labels_key, registry.size_factor_key]
+    for key in (*keys, *registry.categorical_covariate_keys, *registry.continuous_covariate_keys):
+        if key is not None:
+            column(adata.obs, key)
+    if registry.protein_obsm_key is not None:
+        protein_matrix(adata, registry.protein_obsm_key, registry.protein_names)

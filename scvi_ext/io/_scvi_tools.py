@@ -1,0 +1,254 @@
+"""Read a model that was trained with scvi-tools."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from scvi_ext import models
+from scvi_ext._contract import SavedFit
+from scvi_ext._errors import ScviExtWarning, listing
+from scvi_ext.data.registry import Registry
+
+from ._adopt import adopt
+from ._torch_archive import Record, read_torch_archive
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from anndata import AnnData
+
+_FILE = "model.pt"
+_MODELS = {"LinearSCVI": "ldvae", "SCVI": "scvi"}
+_RENAMED_OPTIONS = {"gene_likelihood": "reconstruction_loss"}
+_ONLY_THERE = {"extra_payload_autotune"}  # changes what their training reports, not the model
+# LinearSCVI hands these to a class whose encoder and decoder it then replaces by others that do not see them.
+_WITHOUT_EFFECT_IF_LINEAR = {"encode_covariates", "deeply_inject_covariates", "use_layer_norm"}
+_RENAMED_WEIGHTS = {
+    r"^px_r$": "dispersion.log_theta",
+    r"^l_encoder\.": "library.encoder.",
+    r"^library_log_(means|vars)$": r"library.log_\1",
+    r"^_embeddings_dict\.batch\.": "covariates.batch_embedding.",
+    r"\.fc_layers\.Layer (\d+)\.0\.": r".layers.\1.linear.",
+    r"\.fc_layers\.Layer (\d+)\.1\.": r".layers.\1.batch_norm.0.",
+    r"\.px_scale_decoder\.0\.": ".px_scale_decoder.",
+}
+
+
+def read_scvi_tools(
+    path: str | PathLike,
+    adata: AnnData | None = None,
+    *,
+    prefix: str = "",
+    key_added: str | None = None,
+) -> SavedFit | None:
+    """Read a model saved by scvi-tools, without running anything that the file says.
+
+    ``model.pt`` is a pickle, which can contain any program. The reader used here makes containers, arrays and tensors
+    out of it and looks up no other name, so that a file from a stranger does no harm.
+
+    Parameters
+    ----------
+    path
+        Folder that ``model.save(path)`` of scvi-tools wrote, or the ``model.pt`` in it. Models of the classes ``SCVI``
+        and ``LinearSCVI`` can be read; here they are called ``"scvi"`` and ``"ldvae"``.
+    adata
+        Annotated data to put the model into, with all genes of the model in any order, and the columns it was set up
+        with.
+    prefix
+        The ``prefix`` that was given to ``model.save``.
+    key_added
+        Name of the fit; by default that of the model. A fit of this name in ``adata`` is replaced.
+
+    Returns
+    -------
+    None if ``adata`` is given. Then ``adata.uns["scvi_ext"]["fits"][key_added]`` is written, and
+    ``adata.uns["scvi_ext"]["setup"]`` if ``adata`` has not been set up yet. Otherwise the ``SavedFit``: plain data with
+    ``model``, ``config``, ``setup``, ``var_names``, ``state`` (name -> float32 array), ``history`` and ``status``. The
+    history has one row per epoch; its ``elbo_*`` have the sign of an ELBO, so that higher is better.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    KeyError
+        ``adata`` lacks genes of the model, or columns it was set up with.
+    ValueError
+        The file is not a model of these classes, refers to anything but containers, arrays and tensors, or uses an
+        option that does not exist here, or ``adata`` has been set up differently. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> sx.io.read_scvi_tools("my_scvi_model", adata)  # doctest: +SKIP
+    >>> sx.tl.get_latent(adata)  # doctest: +SKIP
+
+    References
+    ----------
+    Gayoso et al. (2022), A Python library for probabilistic analysis of single-cell omics data, Nature Biotechnology.
+    """
+    file = _model_file(Path(path), prefix)
+    content = read_torch_archive(file)
+    try:
+        fit = _translate(content, file)
+    except (AttributeError, KeyError, TypeError) as error:
+        msg = (
+            f"{str(file)!r} is not laid out as scvi-tools 1.x lays out a model of the classes {listing(_MODELS)} "
+            f"({type(error).__name__}: {error}). Load it with scvi-tools and save it again."
+        )
+        raise ValueError(msg) from error
+    return adopt(fit if key_added is None else replace(fit, key=key_added), adata)
+
+
+def _model_file(path: Path, prefix: str) -> Path:
+    if path.is_file():
+        if prefix:
+            msg = f"{str(path)!r} is a file, so prefix={prefix!r} has no effect: leave it out, or give the folder."
+            raise ValueError(msg)
+        return path
+    file = path / f"{prefix}{_FILE}"
+    if not file.is_file():
+        found = sorted(p.name for p in path.glob("*")) if path.is_dir() else []
+        msg = (
+            f"{str(file)!r} does not exist; the folder has: {listing(found)}. Give the folder that model.save() of "
+            f"scvi-tools wrote, and prefix= if its files are called <prefix>{_FILE}."
+        )
+        raise FileNotFoundError(msg)
+    return file
+
+
+def _translate(content: Any, file: Path) -> SavedFit:
+    attributes = content["attr_dict"]
+    theirs = attributes["registry_"]
+    name = theirs["model_name"]
+    if name not in _MODELS:
+        msg = f"{str(file)!r} is a model of the class {name!r}; these can be read: {listing(_MODELS)}."
+        raise ValueError(msg)
+    registry = _registry(theirs)
+    config = _config(name, attributes["init_params_"], registry)
+    return SavedFit(
+        key=_MODELS[name],
+        model=_MODELS[name],
+        config=config,
+        run={},
+        setup=registry.to_uns(),
+        var_names=np.array([str(gene) for gene in content["var_names"]]),
+        state=_state(content["model_state_dict"], config),
+        history=_history(attributes.get("history_") or {}),
+        status={"imported_from": f"scvi-tools {theirs['scvi_version']}", "trained": bool(attributes["is_trained_"])},
+    )
+
+
+def _registry(theirs: Mapping[str, Any]) -> Registry:
+    arguments, fields = theirs["setup_args"], theirs["field_registries"]
+
+    def categories(field: str) -> tuple[str, ...]:
+        return tuple(str(c) for c in fields[field]["state_registry"]["categorical_mapping"])
+
+    covariates = tuple(arguments.get("categorical_covariate_keys") or ())
+    mappings = fields["extra_categorical_covs"]["state_registry"]["mappings"] if covariates else {}
+    return Registry(
+        layer=arguments["layer"],
+        batch_key=arguments["batch_key"],
+        labels_key=arguments["labels_key"],
+        size_factor_key=arguments.get("size_factor_key"),
+        categorical_covariate_keys=covariates,
+        continuous_covariate_keys=tuple(arguments.get("continuous_covariate_keys") or ()),
+        batch_categories=categories("batch") if arguments["batch_key"] else (),
+        labels_categories=categories("labels") if arguments["labels_key"] else (),
+        covariate_categories=tuple(tuple(str(c) for c in mappings[key]) for key in covariates),
+    )
+
+
+def _config(name: str, parameters: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    """All options of our model, from the arguments that theirs was made with."""
+    options = dict(parameters["non_kwargs"])
+    for further in parameters["kwargs"].values():
+        options |= further
+    observed = options.pop("use_observed_lib_size", name == "SCVI")
+    options["library"] = "size_factor" if registry.size_factor_key else "observed" if observed else "latent"
+    dropped = set(_ONLY_THERE)
+    if name == "LinearSCVI":
+        dropped |= _WITHOUT_EFFECT_IF_LINEAR
+        options["use_batch_norm"] = "both" if options.get("use_batch_norm", True) else "encoder"
+
+    config = asdict(models.get(_MODELS[name]).config())
+    for option, value in options.items():
+        ours = _RENAMED_OPTIONS.get(option, option)
+        if ours in config and option not in dropped:
+            config[ours] = value
+        elif value and option not in dropped:
+            msg = f"The model was made with {option}={value!r}, an option that {_MODELS[name]!r} does not have here."
+            raise ValueError(msg)
+    return config | _without_effect(config, registry)
+
+
+def _without_effect(config: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    """Defaults for options that change nothing in this combination: ignored there, refused here."""
+    encodable = (
+        len(registry.batch_categories) > 1 or registry.covariate_categories or registry.continuous_covariate_keys
+    )
+    defaults = {}
+    if config["n_layers"] == 1:
+        defaults["deeply_inject_covariates"] = True
+    if not encodable:
+        defaults["encode_covariates"] = False
+    if config["reconstruction_loss"] == "poisson" or (config["dispersion"] == "gene-label" and not registry.labels_key):
+        defaults["dispersion"] = "gene"
+    return defaults
+
+
+def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Their weights under our names. Parts that the model never uses are left out: they were not trained."""
+    shared_theta = config["reconstruction_loss"] != "poisson" and config["dispersion"] != "gene-cell"
+    unused = {
+        "pyro_param_store": True,
+        "px_r": not shared_theta,
+        "l_encoder.": config["library"] != "latent",
+        "decoder.px_r_decoder.": config["dispersion"] != "gene-cell",
+        "decoder.px_dropout_decoder.": config["reconstruction_loss"] != "zinb",
+    }
+    dropped = tuple(start for start, is_unused in unused.items() if is_unused)
+    state = {}
+    for name, array in weights.items():
+        if name.startswith(dropped):
+            continue
+        for pattern, replacement in _RENAMED_WEIGHTS.items():
+            name = re.sub(pattern, replacement, name)
+        if name == "dispersion.log_theta":
+            array = array.reshape(-1) if config["dispersion"] == "gene" else array.T  # theirs is (G, K)
+        elif name.startswith("library.log_"):
+            array = array.reshape(-1)  # theirs is (1, K)
+        state[name] = np.array(array, dtype=np.float32 if array.dtype.kind == "f" else array.dtype, order="C")
+    return state
+
+
+def _history(frames: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per epoch, from one table per quantity."""
+    columns, unread = {}, []
+    for name, frame in frames.items():
+        try:
+            # Their "elbo" is a loss.
+            columns[name] = -_column(frame) if name.startswith("elbo_") else _column(frame)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            unread.append(name)
+    if unread:
+        msg = f"Tables of the training history have a layout that is not understood; left out: {listing(unread)}."
+        warnings.warn(msg, ScviExtWarning, stacklevel=2)
+    return pd.DataFrame(columns).rename_axis("epoch")
+
+
+def _column(frame: Record) -> pd.Series:
+    """The one column of a table, from the block and the axes that pandas (1.3 and newer) writes for it."""
+    (block,), (_, epochs) = frame.state["_mgr"].args
+    values = np.asarray(block.args[0]).reshape(-1)
+    index = epochs.args[1]
+    index = index["data"] if "data" in index else range(index["start"], index["stop"], index["step"])
+    return pd.Series([float(v) for v in values], index=pd.Index([int(i) + 1 for i in index]))  # theirs begins at 0

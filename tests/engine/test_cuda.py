@@ -1,0 +1,53 @@
+"""What the processor computes, a CUDA device computes too."""
+
+import numpy as np
+import pytest
+import torch
+
+import scvi_ext as sx
+from scvi_ext.data.blocks import Block
+from scvi_ext.data.registry import read_setup
+from scvi_ext.data.store import CellStore
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def adata():
+    adata = sx.datasets.synthetic_iid(n_cells_batch=150, n_genes=80, n_proteins=0)
+    sx.pp.setup_anndata(adata, batch_key="batch")
+    return adata
+
+
+def test_rows_are_gathered_exactly(adata):
+    store = CellStore.from_adata(adata, read_setup(adata))
+    rows = np.array([5, 0, 299, 5, 17])
+    block = Block(store, torch.device("cuda"))
+    np.testing.assert_array_equal(block.minibatch(block.rows(rows)).x.cpu().numpy(), store.counts[rows].toarray())
+
+
+def test_read_outs_agree_with_the_processor(adata, monkeypatch):
+    sx.tl.fit(adata, max_epochs=3, device="cpu")
+    monkeypatch.setattr(sx.settings, "device", "cpu")
+    sx.tl.get_latent(adata, key_added="cpu")
+    elbo = sx.tl.get_elbo(adata)
+    monkeypatch.setattr(sx.settings, "device", "cuda")
+    sx.tl.get_latent(adata, key_added="cuda")
+    # float32 matrix products in another order: about 1e-6 each, through three layers
+    np.testing.assert_allclose(adata.obsm["cuda"], adata.obsm["cpu"], atol=1e-4)
+    np.testing.assert_allclose(sx.tl.get_elbo(adata), elbo, rtol=1e-4)
+
+
+def test_a_fit_learns_and_goes_on_exactly(adata):
+    sx.tl.fit(adata, max_epochs=6, device="cuda", checkpoint=True)
+    history = sx.get.history(adata)
+    assert history["elbo_train"].iloc[-1] > history["elbo_train"].iloc[0]
+    assert adata.uns["scvi_ext"]["fits"]["scvi"]["status"]["device"].startswith("cuda")
+    before = adata.uns["scvi_ext"]["fits"]["scvi"]["state"]
+    sx.tl.fit(adata, device="cuda", resume=True)  # nothing is left to do
+    after = adata.uns["scvi_ext"]["fits"]["scvi"]["state"]
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
