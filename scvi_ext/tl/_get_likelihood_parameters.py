@@ -79,7 +79,7 @@ def get_likelihood_parameters(
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)
     module = fitted.module
-    per_gene = module.dispersion is not None and module.dispersion.codes is None
+    per_gene = module.dispersion is not None and module.dispersion.column is None
     has_dropout = module.heads["zero_inflation"]
     per_cell_theta = not per_gene and (module.dispersion is not None or module.heads["gene_cell"])
     names = [fitted.keys.mean]
