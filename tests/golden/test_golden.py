@@ -1,0 +1,156 @@
+"""Parity with scvi-tools: its trained models, read by ``io.read_scvi_tools``, give its numbers.
+
+The cases beside this file are small (see ``make_golden.py``). Larger ones are used where they are at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _tolerances import LATENT_ATOL, N_STANDARD_ERRORS, REFERENCE_ATOL_OF_LARGEST, REFERENCE_RTOL
+
+import scvi_ext as sx
+from scvi_ext.data.blocks import Block
+from scvi_ext.fitted import Fitted
+
+HERE = Path(__file__).parent
+SHARED = HERE.parents[2] / "shared" / "golden"
+MODELS = {"SCVI": "scvi", "LinearSCVI": "ldvae"}
+MC_SAMPLES = 5000  # of the mean of a logistic normal, in the reference and by default here
+NOT_COMPARED = re.compile(r"x|batch|latent|obs\..*|history\..*")
+
+
+def _shared_cases() -> list[Path]:
+    cases = [path.parent for path in sorted(SHARED.glob("*/case.json"))]
+    return [case for case in cases if json.loads((case / "case.json").read_text())["model"] in MODELS]
+
+
+SMALL_CASES = sorted((HERE / "cases").iterdir())
+CASES = [
+    *(pytest.param(case, id=case.name) for case in SMALL_CASES),
+    *(pytest.param(case, id=f"shared-{case.name}") for case in _shared_cases()),
+]
+
+
+def read(case: Path) -> tuple[ad.AnnData, dict[str, np.ndarray]]:
+    """The cells, with the model inside, and the reference values."""
+    with np.load(case / "expected.npz") as file:
+        expected = {name.replace("kl_kl_divergence_", "kl_"): file[name] for name in file.files}
+    if (case / "adata.h5ad").exists():
+        adata = ad.read_h5ad(case / "adata.h5ad")
+    else:
+        columns = {name.removeprefix("obs."): values for name, values in expected.items() if name.startswith("obs.")}
+        adata = ad.AnnData(expected["x"].astype(np.float32), obs=pd.DataFrame(columns).set_index(_names(expected["x"])))
+        adata.var_names = sx.io.read_scvi_tools(case).var_names
+    sx.io.read_scvi_tools(case, adata, key_added="imported")
+    return adata, expected
+
+
+def _names(x: np.ndarray) -> pd.Index:
+    return pd.Index([f"cell{i}" for i in range(len(x))])
+
+
+def at_posterior_mean(adata: ad.AnnData) -> dict[str, torch.Tensor]:
+    """Every quantity of the reference, from our module."""
+    fitted = Fitted.open(adata, "imported")
+    block = Block(fitted.store, torch.device("cpu"))
+    cells = block.minibatch(block.rows(np.arange(adata.n_obs)))
+    module = fitted.module.eval()
+    noise = torch.zeros(adata.n_obs, module.n_noise)
+    with torch.no_grad():
+        qz, ql = module.posteriors(cells)
+        z, log_library = module.draw(cells, (qz, ql), noise)
+        px = module.decode(module.transform_z(z), cells, log_library)
+        loss = module.loss(cells, kl_weight=1.0, noise=noise)
+        values = {
+            "qz_mean": qz.loc,
+            "qz_scale": qz.scale,
+            "px_scale": px.scale,
+            "px_rate": px.rate,
+            "px_mu": px.rate,
+            "px_mean": px.rate if px.dropout_logits is None else px.rate * torch.sigmoid(-px.dropout_logits),
+            "px_theta": px.theta,
+            "px_zi_logits": px.dropout_logits,
+            "log_prob": module.log_likelihood(cells.x, px),
+            "loss": loss.total,
+            "kl_z": loss.kl_z,
+            "kl_l": loss.kl_library,
+            "klg_kl_global": torch.zeros(()),  # these models have none
+        }
+        if ql is not None:
+            values |= {"ql_mean": ql.loc, "ql_scale": ql.scale}
+        if hasattr(module, "get_loadings"):
+            values["loadings"] = module.get_loadings()
+    return values
+
+
+def assert_parity(found: np.ndarray, expected: np.ndarray, name: str) -> None:
+    atol = REFERENCE_ATOL_OF_LARGEST * np.abs(expected).max()
+    np.testing.assert_allclose(
+        np.broadcast_to(found, expected.shape), expected, rtol=REFERENCE_RTOL, atol=atol, err_msg=name
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_values_are_reproduced(case):
+    adata, expected = read(case)
+    found = at_posterior_mean(adata)
+    compared = [name for name in expected if not NOT_COMPARED.fullmatch(name)]
+    assert {"qz_mean", "qz_scale", "px_scale", "log_prob", "loss", "kl_z", "kl_l"} <= set(compared)
+    for name in compared:
+        assert_parity(found[name].numpy(), expected[name], name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_latent_representation_is_reproduced(case):
+    adata, expected = read(case)
+    sx.tl.get_latent(adata, key="imported", mc_samples=MC_SAMPLES)
+    found = adata.obsm["X_imported"]
+    fitted = Fitted.open(adata, "imported")
+    if fitted.module.latent_distribution == "normal":
+        np.testing.assert_allclose(found, expected["latent"], rtol=0, atol=LATENT_ATOL)
+        return
+    draws = np.random.default_rng(0).standard_normal((2000, *found.shape))
+    samples = torch.softmax(torch.from_numpy(expected["qz_mean"] + expected["qz_scale"] * draws), -1).numpy()
+    of_difference = samples.std(0) * np.sqrt(2 / MC_SAMPLES)  # both are means of as many draws
+    assert (np.abs(found - expected["latent"]) < N_STANDARD_ERRORS * of_difference).all()
+
+
+def test_the_loss_weights_only_the_kl_of_z():
+    adata, expected = read(HERE / "cases" / "linear_scvi")
+    fitted = Fitted.open(adata, "imported")
+    block = Block(fitted.store, torch.device("cpu"))
+    cells = block.minibatch(block.rows(np.arange(adata.n_obs)))
+    noise = torch.zeros(adata.n_obs, fitted.module.n_noise)
+    with torch.no_grad():
+        loss = fitted.module.loss(cells, kl_weight=0.25, noise=noise)
+    reference = np.mean(-expected["log_prob"] + expected["kl_l"] + 0.25 * expected["kl_z"])
+    assert_parity(loss.total.numpy(), reference, "loss")
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_options_are_those_of_the_reference(case):
+    made = json.loads((case / "case.json").read_text())
+    fit = sx.io.read_scvi_tools(case)
+    assert fit.model == fit.key == MODELS[made["class"]]
+    assert fit.status["imported_from"] == f"scvi-tools {made['scvi-tools']}"
+    renamed = {"gene_likelihood": "reconstruction_loss"}
+    elsewhere = {"use_observed_lib_size", "use_batch_norm"}
+    for option, value in made["options"].items():
+        if option not in elsewhere:
+            assert fit.config[renamed.get(option, option)] == value
+    observed = made["options"].get("use_observed_lib_size", made["class"] == "SCVI")
+    library = "size_factor" if "size_factor_key" in made["setup"] else "observed" if observed else "latent"
+    assert fit.config["library"] == library
+
+
+def test_small_cases_stay_small():
+    for case in SMALL_CASES:
+        assert sum(file.stat().st_size for file in case.iterdir()) < 50_000, case.name
