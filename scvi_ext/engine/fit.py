@@ -235,8 +235,6 @@ def _roll_back(
     if len(rows) - len(event.cells) < 3:
         msg = "The loss is not finite for (almost) any cell, so nothing can be trained. Look at the counts."
         raise FloatingPointError(msg)
-    if not event.cells:
-        progress.lr_factor /= 2
     if len(progress.events) > MAX_ROLLBACKS:
         if not progress.history:
             msg = (
@@ -246,6 +244,8 @@ def _roll_back(
             )
             raise FloatingPointError(msg)
         progress.stop_reason = "non-finite loss"
+    elif not event.cells:
+        progress.lr_factor /= 2
 
 
 def _predict_seconds(
