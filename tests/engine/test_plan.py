@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import scvi_ext as sx
+from scvi_ext._errors import ScviExtWarning
+from scvi_ext.engine.plan import PLANS, make_plan
+
+
+def plan(name="auto", n_cells=2000, **options):
+    defaults = {"batch_size": 128, "max_epochs": None, "lr": None, "kl_warmup": None, "weight_decay": None}
+    n_train = options.pop("n_train", math.ceil(0.9 * n_cells))
+    return make_plan(name, n_cells=n_cells, n_train=n_train, **defaults | options)
+
+
+def lr_curve(p):
+    return np.array([p.lr_at(step) for step in range(p.n_steps)])
+
+
+def kl_curve(p):
+    return np.array([p.kl_weight_at(step) for step in range(p.n_steps)])
+
+
+@pytest.mark.parametrize("n_cells", [100, 1000, 30_000])
+def test_one_cycle_rises_to_its_peak_and_falls_to_almost_nothing(n_cells):
+    p = plan(n_cells=n_cells, lr=0.01)
+    lr = lr_curve(p)
+    top = int(lr.argmax())
+    assert (np.diff(lr[: top + 1]) > 0).all()
+    assert (np.diff(lr[top:]) < 0).all()
+    assert 0 < lr[0] < 0.5 * p.lr
+    assert lr[top] == pytest.approx(0.01, rel=0.01)  # the peak may lie between two steps
+    assert 0 < lr[-1] < 0.01 * p.lr
+
+
+def test_one_cycle_has_one_shape_whatever_its_length():
+    short, long = plan(max_epochs=10), plan(max_epochs=1000)
+    shares = np.arange(short.n_steps) / short.n_steps
+    stretched = [long.lr_at(round(share * long.n_steps)) for share in shares]
+    np.testing.assert_allclose(lr_curve(short), stretched, rtol=1e-9)  # the same formula at the same share
+
+
+@pytest.mark.parametrize("n_cells", [100, 1000, 10_000, 100_000, 1_000_000])
+def test_kl_weight_of_auto_rises_from_zero_to_one_at_any_size(n_cells):
+    p = plan(n_cells=n_cells)
+    weights = kl_curve(p)
+    assert weights[0] == 0
+    assert (np.diff(weights) >= 0).all()
+    assert weights[-1] == p.final_kl_weight == 1
+    assert 0 < p.kl_warmup_steps < p.n_steps
+
+
+@pytest.mark.parametrize(("n_cells", "epochs"), [(100, 400), (20_000, 400), (20_001, 400), (100_000, 80), (10**8, 1)])
+def test_scvi_tools_schedule_has_the_numbers_of_the_reference(n_cells, epochs):
+    p = plan("scvi-tools", n_cells)
+    assert p.n_epochs == min(400, max(1, round(2e4 / n_cells * 400))) == epochs
+    assert p.batch_size == min(128, math.ceil(0.9 * n_cells))
+    assert {p.lr_at(0), p.lr_at(p.n_steps // 2), p.lr_at(p.n_steps - 1)} == {1e-3}
+    assert p.weight_decay == 1e-6
+    assert p.patience == 45
+    for epoch in {0, 1, epochs // 2, epochs - 1}:
+        first = epoch * p.steps_per_epoch
+        assert p.kl_weight_at(first) == p.kl_weight_at(first + p.steps_per_epoch - 1)  # constant within an epoch
+        assert p.kl_weight_at(first) == pytest.approx(epoch / 400, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kl_warmup", [0, 0.25, 1])
+def test_kl_warmup_is_a_share_of_the_steps_and_ends_at_one(name, kl_warmup):
+    p = plan(name, kl_warmup=kl_warmup, max_epochs=20)
+    weights = kl_curve(p)
+    assert weights[-1] == 1
+    assert weights[0] == (1 if kl_warmup == 0 else 0)
+    # the first step of full weight; a warm-up of all steps ends one step early
+    assert abs(int((weights < 1).sum()) - kl_warmup * p.n_steps) <= 1
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_arguments_override_the_plan(name):
+    p = plan(name, batch_size=50, max_epochs=7, lr=0.5, weight_decay=0, n_train=101)
+    assert (p.n_epochs, p.batch_size, p.steps_per_epoch, p.n_steps) == (7, 50, 3, 21)
+    assert (p.lr, p.weight_decay) == (0.5, 0)
+
+
+def test_a_batch_is_never_larger_than_the_training_cells():
+    p = plan(n_cells=10, n_train=9)
+    assert (p.batch_size, p.steps_per_epoch) == (9, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "fast"}, r"plan='fast' is not one of 'auto', 'scvi-tools'\."),
+        ({"batch_size": 2}, r"batch_size=2 must be a number of cells, 3 or more"),
+        ({"max_epochs": 0}, r"max_epochs=0 must be 1 or more\."),
+        ({"max_epochs": -1}, r"max_epochs=-1 must be 1 or more\."),
+        ({"lr": 0}, r"lr=0 must be positive\."),
+        ({"lr": math.inf}, r"lr=inf must be positive\."),
+        ({"lr": math.nan}, r"lr=nan must be positive\."),
+        ({"kl_warmup": 1.5}, r"kl_warmup=1.5 must be a share of the steps, from 0 to 1\."),
+        ({"kl_warmup": -0.1}, r"kl_warmup=-0.1 must be a share of the steps"),
+        ({"weight_decay": -1}, r"weight_decay=-1 must be 0 or more\."),
+    ],
+)
+def test_impossible_values_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**options)
+
+
+def test_a_final_kl_weight_below_one_is_said_aloud(registered):
+    with pytest.warns(ScviExtWarning, match=r"KL weight ends at 0\.005, not 1.*plan='auto', or give kl_warmup"):
+        sx.tl.fit(registered, plan="scvi-tools", max_epochs=3, n_hidden=8)
+    history = sx.get.history(registered)
+    np.testing.assert_allclose(history["kl_weight"], np.arange(3) / 400, rtol=1e-12)
+    np.testing.assert_array_equal(history["lr"], 1e-3)
+    assert sx.get.fits(registered)["epochs"].tolist() == [3]
