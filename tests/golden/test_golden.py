@@ -111,7 +111,7 @@ def test_reference_values_are_reproduced(case):
 @pytest.mark.parametrize("case", CASES)
 def test_latent_representation_is_reproduced(case):
     adata, expected = read(case)
-    sx.tl.get_latent(adata, key="imported", mc_samples=MC_SAMPLES)
+    sx.tl.get_latent(adata, key="imported", mc_samples=MC_SAMPLES, seed=0)
     found = adata.obsm["X_imported"]
     fitted = Fitted.open(adata, "imported")
     if fitted.module.latent_distribution == "normal":
