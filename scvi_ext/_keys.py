@@ -69,3 +69,11 @@ class FitKeys:
 
 UNS = UnsKeys()
 FORMAT = 1  # of uns["scvi_ext"]; raised when a reader of this version could misread it
+
+
+def valid_key(key: object) -> str:
+    """``key``, if it can name a fit; else a ValueError."""
+    if not isinstance(key, str) or not key or "/" in key:
+        msg = f"key_added={key!r} must be a name without '/' (h5ad and zarr take it for a path)."
+        raise ValueError(msg)
+    return key

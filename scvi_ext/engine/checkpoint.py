@@ -59,8 +59,9 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, arrays: 
     for name, parameter in module.named_parameters():
         prefix = f"optimizer.{name}."
         entries = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+        # Single numbers come back from files in double precision.
         optimizer.state[parameter] = {
-            entry: torch.from_numpy(np.array(array)).to(parameter.device) for entry, array in entries.items()
+            entry: torch.from_numpy(np.array(array)).to(parameter.device, parameter.dtype) for entry, array in entries.items()
         }
 
 

@@ -10,7 +10,7 @@ from scanpy import logging as logg
 
 from scvi_ext import models, results
 from scvi_ext._errors import listing
-from scvi_ext._keys import UNS
+from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, read_root
 from scvi_ext.data.store import check_unique_genes, protein_matrix
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     """Return ``fit``, or write it into ``adata`` with its setup if there is none. All checks come first."""
     registry = Registry.from_uns(fit.setup)
-    _check_key(fit.key)
+    valid_key(fit.key)
     _check_state(fit, registry)
     if adata is None:
         return fit
@@ -38,12 +38,6 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     results.write_fit(adata, fit)
     logg.info(f"read a {fit.model!r} fit of {len(fit.var_names)} genes", deep=f"added{slots}")
     return None
-
-
-def _check_key(key: str) -> None:
-    if not isinstance(key, str) or not key or "/" in key:
-        msg = f"key_added={key!r} must be a name without '/' (h5ad and zarr take it for a path)."
-        raise ValueError(msg)
 
 
 def _check_state(fit: SavedFit, registry: Registry) -> None:

@@ -13,6 +13,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from scvi_ext._errors import one_of
@@ -99,6 +100,8 @@ def build(spec: ModelSpec, config: object, summary: DataSummary) -> nn.Module:
 def restore(fit: SavedFit, summary: DataSummary) -> nn.Module:
     """The fitted module, in evaluation mode, on the host."""
     spec = get(fit.model)
-    module = build(spec, spec.config(**fit.config), summary)
-    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in fit.state.items()})
+    with torch.device("meta"):  # no random initial weights, which would draw from the global generator
+        module = build(spec, spec.config(**fit.config), summary)
+    state = {name: torch.from_numpy(np.array(array)) for name, array in fit.state.items()}
+    module.load_state_dict(state, assign=True)
     return module.eval()

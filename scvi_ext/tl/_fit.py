@@ -13,7 +13,7 @@ from scanpy import logging as logg
 from scvi_ext import models, results
 from scvi_ext._contract import SavedFit
 from scvi_ext._errors import ScviExtWarning, listing, unknown_keyword
-from scvi_ext._keys import UNS
+from scvi_ext._keys import UNS, valid_key
 from scvi_ext._settings import settings
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit, read_setup
 from scvi_ext.data.sampler import split_cells
@@ -174,7 +174,7 @@ def fit(
             },
             split={"train_size": train_size, "validation_size": validation_size},
             early_stopping=early_stopping,
-            seed=settings.seed if seed is None else _valid_seed(seed),
+            seed=_valid_seed(settings.seed if seed is None else seed),
             checkpoint=checkpoint,
         )
         resumed_from = None
@@ -246,7 +246,7 @@ def _prepare(
     spec = models.get(model)
     registry = read_setup(adata)
     config = _config(spec, registry, model_params)
-    key = _valid_key(spec.name if key_added is None else key_added)
+    key = valid_key(spec.name if key_added is None else key_added)
     needed = spec.needs(config)
     _check_needs(registry, needed, spec.name)
     train, validation = split_cells(adata.n_obs, **split, seed=seed)
@@ -328,13 +328,6 @@ def _check_needs(registry: Registry, needed: frozenset[str], model: str) -> None
             raise ValueError(msg)
 
 
-def _valid_key(key: str) -> str:
-    if not isinstance(key, str) or not key or "/" in key:
-        msg = f"key_added={key!r} must be a name without '/' (h5ad and zarr take it for a path)."
-        raise ValueError(msg)
-    return key
-
-
 def _valid_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63 - 1:
         msg = f"seed={seed!r} must be a whole number, 0 or more."
@@ -345,7 +338,7 @@ def _valid_seed(seed: int) -> int:
 def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int | None:
     if early_stopping is False:
         return None
-    if early_stopping is not True and early_stopping < 1:
+    if early_stopping is not True and (not isinstance(early_stopping, int | np.integer) or early_stopping < 1):
         msg = f"early_stopping={early_stopping!r} must be True, False or a number of epochs, 1 or more."
         raise ValueError(msg)
     if n_validation == 0:
