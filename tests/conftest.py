@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports pyplot
@@ -77,6 +78,15 @@ def _fitted() -> ad.AnnData:
 def fitted(_fitted) -> ad.AnnData:
     """The same with a fit of LDVAE and then one of scVI, both with 4 latent units."""
     return _fitted.copy()
+
+
+@pytest.fixture
+def logged():
+    """From here on everything down to hints is logged; ``logged()`` is what has been."""
+    stream, before = io.StringIO(), (sc.settings.logfile, sc.settings.verbosity)
+    sc.settings.logfile, sc.settings.verbosity = stream, "hint"
+    yield stream.getvalue
+    sc.settings.logfile, sc.settings.verbosity = before
 
 
 @pytest.fixture
