@@ -14,7 +14,7 @@ from scvi_ext._keys import FitKeys
 from scvi_ext._settings import settings
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit
 from scvi_ext.data.store import CellStore, resolve_indices
-from scvi_ext.engine.device import resolve_device, seeded
+from scvi_ext.engine.device import resolve_device
 from scvi_ext.engine.map_cells import Draws, map_cells
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def load_module(adata: AnnData, key: str | None = None) -> tuple[SavedFit, Model
     fit = read_fit(adata, key)
     check_fit_matches_setup(fit, adata)
     registry = Registry.from_uns(fit.setup)
-    with seeded(0, resolve_device("cpu")):  # a module draws initial weights, even if it is given others
-        module = models.restore(fit, registry.sizes(len(fit.var_names)))
-    return fit, models.get(fit.model), registry, module
+    return fit, models.get(fit.model), registry, models.restore(fit, registry.sizes(len(fit.var_names)))
 
 
 @dataclass(frozen=True)
