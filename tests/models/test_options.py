@@ -1,0 +1,206 @@
+"""No option is ignored: every value of every option changes the module or its output, or is refused with a reason."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from _small import BARE, BESIDE, N_CELLS, SUMMARY, build, label, make_cells, values
+from _tolerances import FLOAT64
+from torch.testing import assert_close
+
+from scvi_ext import models
+
+MODELS = pytest.mark.parametrize("name", models.names())
+BAD_VALUES = [
+    ("dispersion", "gene_batch", "'gene', 'gene-batch', 'gene-cell', 'gene-label'. Did you mean 'gene-batch'?"),
+    ("reconstruction_loss", "zinbb", "'bernoulli', 'nb', 'normal', 'poisson', 'zinb'. Did you mean 'zinb'?"),
+    ("latent_distribution", "lognormal", "'ln', 'normal'. Did you mean 'normal'?"),
+    ("library", "size", "'latent', 'observed', 'size_factor'."),
+    ("batch_representation", "onehot", "'embedding', 'one-hot'. Did you mean 'one-hot'?"),
+    ("use_batch_norm", "all", "'both', 'decoder', 'encoder', 'none'."),
+    ("use_layer_norm", "all", "'none'."),
+]
+BAD_SIZES = [
+    ({"n_layers": 0}, "n_layers=0 must be 1 or more."),
+    ({"n_hidden": 0}, "n_hidden=0 must be 1 or more."),
+    ({"n_latent": -1}, "n_latent=-1 must be 1 or more."),
+    ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and below 1."),
+    ({"dropout_rate": -0.1}, "dropout_rate=-0.1 must be at least 0 and below 1."),
+]
+NO_EFFECT = [
+    (
+        SUMMARY,
+        {"dispersion": "gene-batch", "reconstruction_loss": "poisson"},
+        "dispersion='gene-batch' has no effect: reconstruction_loss='poisson' has no dispersion.",
+    ),
+    (
+        SUMMARY,
+        {"dispersion": "gene-cell", "reconstruction_loss": "bernoulli"},
+        "dispersion='gene-cell' has no effect: reconstruction_loss='bernoulli' has no dispersion.",
+    ),
+    (
+        BARE,
+        {"encode_covariates": True},
+        "encode_covariates=True has no effect: there is one batch and no covariate to encode.",
+    ),
+    (
+        SUMMARY,
+        {"deeply_inject_covariates": False, "encode_covariates": True, "n_layers": 1},
+        "deeply_inject_covariates=False has no effect with n_layers=1: covariates enter the first layer anyway.",
+    ),
+    (
+        BARE,
+        {"batch_representation": "embedding"},
+        "batch_representation='embedding' has no effect: there is only one batch.",
+    ),
+    (
+        SUMMARY,
+        {"latent_distribution": "ln", "n_latent": 1},
+        "latent_distribution='ln' leaves nothing to learn with n_latent=1: the softmax of one number is always 1.",
+    ),
+]
+
+
+def fingerprint(module: torch.nn.Module) -> tuple:
+    """Names and shapes of the parameters and the loss of a training step: the same only if an option did nothing."""
+    cells = make_cells()
+    torch.manual_seed(1)
+    loss = module.loss(cells).total.item()
+    return tuple((key, tuple(value.shape)) for key, value in module.state_dict().items()), loss
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in models.names() for option in values(name)], ids=label
+)
+def test_every_value_has_an_effect(name, option):
+    tried = values(name)[option]
+    assert len(tried) > 1
+    found = {fingerprint(build(name, **BESIDE.get(option, {}) | {option: value})) for value in tried}
+    assert len(found) == len(tried)
+
+
+@MODELS
+@pytest.mark.parametrize(("option", "value", "choices"), BAD_VALUES, ids=label)
+def test_unknown_values_list_the_known(name, option, value, choices):
+    if option not in values(name):
+        pytest.skip("not an option of this model")
+    with pytest.raises(ValueError, match=rf"^{option}='{value}' is not one of .*{re.escape(choices)}$"):
+        build(name, **{option: value})
+
+
+@MODELS
+@pytest.mark.parametrize(("options", "message"), BAD_SIZES, ids=label)
+def test_impossible_sizes(name, options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build(name, **options)
+
+
+@MODELS
+@pytest.mark.parametrize(("summary", "options", "message"), NO_EFFECT)
+def test_options_without_effect(name, summary, options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build(name, summary, **options)
+
+
+@MODELS
+def test_gene_label_needs_labels(name):
+    message = "dispersion='gene-label' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        models.get(name).module(5, n_labels=0, dispersion="gene-label")
+
+
+@MODELS
+@pytest.mark.parametrize("representation", ["one-hot", "embedding"])
+def test_nothing_to_inject_deeply(name, representation):
+    # An embedded batch is dense, so it enters the first layer only in any case.
+    n_batch = 1 if representation == "one-hot" else 3
+    with pytest.raises(ValueError, match="has no effect: there is no one-hot covariate to leave out of deeper layers"):
+        models.get(name).module(
+            5,
+            n_batch,
+            n_layers=2,
+            n_continuous_cov=1,
+            encode_covariates=True,
+            deeply_inject_covariates=False,
+            batch_representation=representation,
+        )
+
+
+def test_ldvae_injects_deeply_only_in_its_encoder():
+    with pytest.raises(ValueError, match="has no effect without encode_covariates=True: the linear decoder"):
+        build("ldvae", n_layers=2, deeply_inject_covariates=False)
+
+
+@pytest.mark.parametrize("where", ["decoder", "both"])
+def test_layer_norm_would_make_ldvae_nonlinear(where):
+    with pytest.raises(ValueError, match=rf"^use_layer_norm='{where}' is not one of 'encoder', 'none'\."):
+        build("ldvae", use_layer_norm=where)
+
+
+@MODELS
+def test_latent_library_needs_its_prior(name):
+    cells, module = make_cells(BARE), models.get(name).module(BARE.n_input, library="latent").double()
+    with pytest.raises(ValueError, match="A latent library needs a prior: build the module with library_log_means and"):
+        module.loss(cells)
+
+
+@MODELS
+def test_library_decides_the_scale_activation(name):
+    cells, scales, state = make_cells(), {}, build(name, library="latent").state_dict()
+    for library in ("observed", "latent", "size_factor"):
+        module = build(name, library=library).eval()
+        module.load_state_dict({key: value for key, value in state.items() if key in module.state_dict()})
+        scales[library] = module.decode(module.encode(cells).loc, cells).scale
+    assert torch.equal(scales["observed"], scales["latent"])
+    assert not torch.equal(scales["observed"], scales["size_factor"])
+
+
+@MODELS
+@pytest.mark.parametrize(
+    ("reconstruction_loss", "has_theta", "has_dropout"),
+    [("zinb", True, True), ("nb", True, False), ("normal", True, False), ("poisson", False, False)],
+)
+def test_parameters_of_counts_are_those_of_the_likelihood(name, reconstruction_loss, has_theta, has_dropout):
+    module, cells = build(name, reconstruction_loss=reconstruction_loss).eval(), make_cells()
+    px = module.decode(module.encode(cells).loc, cells)
+    assert (px.theta is not None) == has_theta
+    assert (px.dropout_logits is not None) == has_dropout
+
+
+@MODELS
+@pytest.mark.parametrize(
+    ("dispersion", "shape"),
+    [
+        ("gene", (SUMMARY.n_input,)),
+        ("gene-batch", (N_CELLS, SUMMARY.n_input)),
+        ("gene-label", (N_CELLS, SUMMARY.n_input)),
+        ("gene-cell", (N_CELLS, SUMMARY.n_input)),
+    ],
+)
+def test_theta_varies_with_what_the_dispersion_says(name, dispersion, shape):
+    module, cells = build(name, dispersion=dispersion).eval(), make_cells()
+    theta = module.decode(module.encode(cells).loc, cells).theta
+    assert theta.shape == shape
+    assert (theta > 0).all()
+    rows = {"gene": 1, "gene-batch": SUMMARY.n_batch, "gene-label": SUMMARY.n_labels, "gene-cell": N_CELLS}[dispersion]
+    assert len(torch.unique(theta.reshape(-1, SUMMARY.n_input), dim=0)) == rows
+    if dispersion == "gene-batch":
+        assert len(torch.unique(theta[cells.batch_index == 1], dim=0)) == 1
+    if dispersion == "gene-label":
+        assert len(torch.unique(theta[cells.labels == 1], dim=0)) == 1
+
+
+@MODELS
+def test_logistic_normal_z_lies_on_the_simplex(name):
+    module, cells = build(name, latent_distribution="ln").eval(), make_cells()
+    qz = module.encode(cells)
+    z = module.transform_z(qz.loc)
+    assert (z > 0).all()
+    assert_close(z.sum(-1), torch.ones(N_CELLS, dtype=torch.float64), **FLOAT64)
+    noise = torch.randn(N_CELLS, 2000, module.n_latent, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = module.mean_z(qz, noise)
+    expected = torch.softmax(qz.loc.unsqueeze(1) + qz.scale.unsqueeze(1) * noise, -1).mean(1)
+    assert_close(mean, expected, **FLOAT64)
+    assert (mean - z).abs().max() > 1e-3  # the mean of a softmax is not the softmax of a mean
