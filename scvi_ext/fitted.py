@@ -110,11 +110,15 @@ class Fitted:
         """Positions of genes in the module's order; None for all."""
         if gene_list is None:
             return None
-        if isinstance(gene_list, str):
-            gene_list = [gene_list]
+        gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+        repeated = sorted({gene for gene in gene_list if gene_list.count(gene) > 1})
+        if repeated or not gene_list:
+            found = f"has genes more than once: {listing(repeated)}. Name each" if gene_list else "is empty: name at least"
+            msg = f"gene_list {found} one gene, or None for all."
+            raise ValueError(msg)
         known = {name: i for i, name in enumerate(self.fit.var_names)}
         absent = [gene for gene in gene_list if gene not in known]
-        if absent or not len(gene_list):
+        if absent:
             msg = f"{len(absent)} of the {len(gene_list)} genes in gene_list are not in the fit: {listing(absent)}."
             raise KeyError(msg)
         return np.array([known[gene] for gene in gene_list])
