@@ -14,6 +14,7 @@ import torch
 from _small import BARE, N_CELLS, SMALL, SUMMARY, build, label, make_cells, noise, take, values, variants
 from _tolerances import FLOAT64
 from torch import nn
+from torch.distributions import Normal
 from torch.testing import assert_close
 
 import scvi_ext
@@ -369,6 +370,20 @@ def test_only_encoded_covariates_reach_the_posterior(name, encode_covariates):
         changed = cells._replace(**{column: getattr(other, column)})
         for here, there in zip(module.posteriors(cells), module.posteriors(changed), strict=True):
             assert torch.equal(here.loc, there.loc) != encode_covariates
+
+
+@VARIANTS
+def test_importance_weight_is_joint_over_posterior(name, options):
+    module, cells = trained(name, **options), make_cells()
+    draws, (qz, ql) = noise(module), module.posteriors(cells)
+    z, log_library = module.draw(cells, (qz, ql), draws)
+    expected = -module.loss(cells, noise=draws).reconstruction
+    expected = expected + (Normal(0.0, 1.0).log_prob(z) - Normal(*qz).log_prob(z)).sum(-1)
+    if ql is not None:
+        prior = module.library.prior(cells)
+        ratio = Normal(*prior).log_prob(log_library) - Normal(*ql).log_prob(log_library)
+        expected = expected + ratio.squeeze(-1)
+    assert_close(module.log_weight(cells, (qz, ql), draws), expected, **FLOAT64)
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------
