@@ -80,6 +80,7 @@ def history(
         ax.plot(table.index, values, label=name, marker="o" if len(table) < 30 else None, markersize=3)
     if len(curves) > 1:
         ax.legend(frameon=False)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("epoch")
     ax.set_ylabel(_LABELS.get(metric, metric.replace("_", " ")))
     ax.spines[["top", "right"]].set_visible(False)
