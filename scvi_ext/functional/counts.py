@@ -1,7 +1,7 @@
 """Log-probabilities of counts, entry by entry: the readable reference.
 
-Parameters are ``mu`` (mean), ``theta`` (inverse dispersion, variance = mu + mu^2 / theta) and ``pi`` (logit of a technical
-zero). Everything broadcasts; the result has the shape of ``x`` and is summed over genes by the caller.
+Parameters are ``mu`` (mean), ``theta`` (inverse dispersion, variance = mu + mu^2 / theta) and ``pi`` (logit of a
+technical zero). Everything broadcasts; the result has the shape of ``x`` and is summed over genes by the caller.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How well a module explains cells: the seed's functions of a module and its minibatches.
 
-``posterior`` is any iterable of :class:`~scvi_ext._contract.Minibatch`; every cell weighs the same, whatever the size of
-the last minibatch. Call ``vae.eval()`` before: in training mode the cells of a minibatch depend on each other. All three
-return a loss (lower is better), as in scVI 0.5.0; ``tl.get_elbo`` and ``tl.get_marginal_ll`` have the other sign.
+``posterior`` is any iterable of :class:`~scvi_ext._contract.Minibatch`; every cell weighs the same, whatever the size
+of the last minibatch. Call ``vae.eval()`` before: in training mode the cells of a minibatch depend on each other. All
+three return a loss (lower is better), as in scVI 0.5.0; ``tl.get_elbo`` and ``tl.get_marginal_ll`` have the other sign.
 """
 
 from __future__ import annotations

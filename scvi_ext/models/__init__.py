@@ -1,7 +1,7 @@
 """Torch modules of the models, and the folder as their registry.
 
-A model is a file of this folder that declares a ``SPEC``. Nothing else lists them: :func:`names`, :func:`get`, ``tl.fit``, the
-conformance tests and the documentation read the folder.
+A model is a file of this folder that declares a ``SPEC``. Nothing else lists them: :func:`names`, :func:`get`,
+``tl.fit``, the conformance tests and the documentation read the folder.
 
 Beside the models stands the vocabulary of scVI 0.5.0: layers, encoders and decoders, log-likelihoods and helpers.
 """

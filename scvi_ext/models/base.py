@@ -75,8 +75,8 @@ class CountVAE(nn.Module, ABC):
     dropout_rate
         Dropout in the encoders.
     dispersion
-        Inverse dispersion (for ``reconstruction_loss="normal"``: standard deviation) per gene, per gene and batch, per gene
-        and label, or per gene and cell.
+        Inverse dispersion (for ``reconstruction_loss="normal"``: standard deviation) per gene, per gene and batch, per
+        gene and label, or per gene and cell.
     log_variational
         Encode log(1 + counts) rather than counts.
     reconstruction_loss
@@ -84,8 +84,8 @@ class CountVAE(nn.Module, ABC):
     latent_distribution
         ``"normal"``, or ``"ln"`` (logistic normal: z is the softmax of a normal variable).
     library
-        ``"latent"`` (as in scVI 0.5.0: a normal prior of the log library in each batch), ``"observed"`` or ``"size_factor"``.
-        With a size factor the scale is a softplus and does not sum to 1, as in scvi-tools.
+        ``"latent"`` (as in scVI 0.5.0: a normal prior of the log library in each batch), ``"observed"`` or
+        ``"size_factor"``. With a size factor the scale is a softplus and does not sum to 1, as in scvi-tools.
     n_cats_per_cov, n_continuous_cov
         Categories of each categorical covariate, number of continuous covariates.
     encode_covariates
@@ -183,7 +183,7 @@ class CountVAE(nn.Module, ABC):
         self.covariates = Covariates(n_batch, n_cats_per_cov, n_continuous_cov, batch_representation)
         _refuse(
             not deeply_inject_covariates and max(self.covariates.n_cat_list, default=0) < 2,
-            "deeply_inject_covariates=False has no effect: there is no one-hot covariate to leave out of deeper layers.",
+            "deeply_inject_covariates=False has no effect: there is no one-hot covariate to leave out of later layers.",
         )
 
         def encoder(n_output: int, n_layers: int) -> Encoder:
@@ -338,7 +338,7 @@ class CountVAE(nn.Module, ABC):
         return self.inference(x, batch_index, y, n_samples, transform_batch)["px_rate"]
 
     def scale_from_z(self, sample_batch: Tensor, fixed_batch: int) -> Tensor:
-        """Normalised expression of the counts ``sample_batch`` (B, G), encoded, then decoded in batch ``fixed_batch``."""
+        """Normalised expression of the counts ``sample_batch`` (B, G), had they been seen in batch ``fixed_batch``."""
         cells = self._cells(sample_batch, decoded=False)
         z = self.transform_z(sample_normal(self.encode(cells)))
         fixed = self._in_batch(cells, fixed_batch)
@@ -384,7 +384,9 @@ class CountVAE(nn.Module, ABC):
             "library": log_library,
         }
 
-    def get_reconstruction_loss(self, x: Tensor, px_rate: Tensor, px_r: Tensor | None, px_dropout: Tensor | None) -> Tensor:
+    def get_reconstruction_loss(
+        self, x: Tensor, px_rate: Tensor, px_r: Tensor | None, px_dropout: Tensor | None
+    ) -> Tensor:
         """-log p(x | z, l) from the decoded parameters (``px_r`` is theta, ``px_dropout`` logits), shape (B,)."""
         return -self.log_likelihood(x, Expression(px_rate, px_rate, px_r, px_dropout))
 
@@ -415,7 +417,11 @@ class CountVAE(nn.Module, ABC):
         qz, ql = posteriors = self.posteriors(cells)
         z, log_library = self.draw(cells, posteriors)
         reconstruction = -self.log_likelihood(x, self.decode(self.transform_z(z), cells, log_library))
-        return reconstruction + self._kl_library(ql, cells, local_l_mean, local_l_var), kl_standard_normal(qz), x.new_zeros(())
+        return (
+            reconstruction + self._kl_library(ql, cells, local_l_mean, local_l_var),
+            kl_standard_normal(qz),
+            x.new_zeros(()),
+        )
 
     def _kl_library(
         self, ql: Posterior | None, cells: Minibatch, local_l_mean: Tensor | None, local_l_var: Tensor | None
@@ -433,7 +439,7 @@ class CountVAE(nn.Module, ABC):
     def _cells(
         self, x: Tensor, batch_index: Tensor | None = None, y: Tensor | None = None, *, decoded: bool = True
     ) -> Minibatch:
-        """A minibatch from the seed's loose tensors; ``decoded``: whether it will be decoded in the cells' own batches."""
+        """A minibatch from the seed's loose tensors; ``decoded``: it will be decoded in the cells' own batches."""
         known = self.covariates
         _refuse(
             known.n_categorical or known.n_continuous or isinstance(self.library, SizeFactorLibrary),

@@ -4,11 +4,11 @@ r"""LDVAE: scVI with a linear decoder, whose weights are gene loadings (Svensson
     z_n \sim N(0, I), \qquad \rho_n = \mathrm{softmax}\big(\mathrm{BN}(W z_n + V s_n)\big), \qquad
     x_{ng} \sim \mathrm{ZINB}(e^{l_n} \rho_{ng}, \theta_g, \pi_{ng}) \text{ or NB, Poisson, normal, Bernoulli}
 
-The inference network is that of scVI. Loadings are :math:`\mathrm{diag}(\gamma / \sqrt{\sigma^2 + \epsilon})\, W` with the scale
-and running variance of the batch normalisation BN, so that they act on z as the fitted decoder does.
+The inference network is that of scVI. Loadings are :math:`\mathrm{diag}(\gamma / \sqrt{\sigma^2 + \epsilon})\, W` with
+the scale and running variance of the batch normalisation BN, so that they act on z as the fitted decoder does.
 
-Where we differ from scvi-tools: all four dispersions work (two of them crash there), covariates enter the decoder, and the
-likelihood default is that of scVI.
+Where we differ from scvi-tools: all four dispersions work (two of them crash there), covariates enter the decoder, and
+the likelihood default is that of scVI.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ class LDVAE(CountVAE):
 
     Parameters
     ----------
-    n_input, n_batch, n_labels, n_hidden, n_latent, n_layers, dropout_rate, dispersion, log_variational, reconstruction_loss
+    n_input, n_batch, n_labels, n_hidden, n_latent, n_layers, dropout_rate
         As in :class:`~scvi_ext.models.base.CountVAE`, in the seed's order and with its defaults; hidden layers are the
         encoder's.
+    dispersion, log_variational, reconstruction_loss
+        The same.
     bias
         Whether the linear decoder has a bias besides that of its batch normalisation.
     encode_covariates, deeply_inject_covariates
@@ -81,8 +83,8 @@ class LDVAE(CountVAE):
         one_of("use_layer_norm", use_layer_norm, ("encoder", "none"))
         if not (deeply_inject_covariates or encode_covariates):
             msg = (
-                "deeply_inject_covariates=False has no effect without encode_covariates=True: the linear decoder has no "
-                "deeper layers."
+                "deeply_inject_covariates=False has no effect without encode_covariates=True: the linear decoder has "
+                "no later layers."
             )
             raise ValueError(msg)
         super().__init__(
@@ -138,6 +140,6 @@ SPEC = ModelSpec(
     config=Config,
     needs=needs,
     capabilities=frozenset({Capability.LOADINGS}),
-    reference="Svensson et al. (2020), Interpretable factor models of single-cell RNA-seq via variational autoencoders, "
-    "Bioinformatics.",
+    reference="Svensson et al. (2020), Interpretable factor models of single-cell RNA-seq via variational "
+    "autoencoders, Bioinformatics.",
 )

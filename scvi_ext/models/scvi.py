@@ -4,14 +4,14 @@ Generative process of cell n, gene g, with batch and covariates s_n:
 
 .. math::
     z_n &\sim N(0, I), \qquad \rho_n = f(z_n, s_n), \quad \textstyle\sum_g \rho_{ng} = 1 \\
-    l_n &\sim N(m_{batch}, v_{batch}) \text{ (latent)}, \quad \text{or the log of the observed total or of a size factor} \\
+    l_n &\sim N(m_{batch}, v_{batch}) \text{ (latent)}, \quad \text{or the log of the total or of a size factor} \\
     x_{ng} &\sim \mathrm{ZINB}(e^{l_n} \rho_{ng},\; \theta_g,\; \pi_{ng}) \text{ or NB, Poisson, normal, Bernoulli}
 
 Inference network: :math:`q(z_n \mid x_n) = N(\mu(x_n), \sigma^2(x_n))`, and the same for l_n where it is latent.
 
-Where we differ from scvi-tools: an encoder of the library, a dispersion head and a dropout head exist only where the model
-uses them (with its defaults, 40 % of the reference's parameters never receive a gradient), the variance cannot overflow, and
-there is a Bernoulli likelihood of detection.
+Where we differ from scvi-tools: an encoder of the library, a dispersion head and a dropout head exist only where the
+model uses them (with its defaults, 40 % of the reference's parameters never receive a gradient), the variance cannot
+overflow, and there is a Bernoulli likelihood of detection.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ class VAE(CountVAE):
 
     Parameters
     ----------
-    n_input, n_batch, n_labels, n_hidden, n_latent, n_layers, dropout_rate, dispersion, log_variational, reconstruction_loss
-        As in :class:`~scvi_ext.models.base.CountVAE`, in the seed's order and with its defaults; hidden layers are those of
-        encoder and decoder.
+    n_input, n_batch, n_labels, n_hidden, n_latent, n_layers, dropout_rate
+        As in :class:`~scvi_ext.models.base.CountVAE`, in the seed's order and with its defaults; hidden layers are
+        those of encoder and decoder.
+    dispersion, log_variational, reconstruction_loss
+        The same.
     use_batch_norm, use_layer_norm, deeply_inject_covariates, **options
         Further options of :class:`~scvi_ext.models.base.CountVAE`.
     """

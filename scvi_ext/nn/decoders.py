@@ -90,7 +90,7 @@ class DecoderSCVI(nn.Module):
         return scale, r, torch.exp(log_library) * scale, dropout
 
     def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
-        """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate and dropout; ``library`` is a log."""
+        """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate, dropout. ``library`` is a log."""
         return _seed_forward(self, dispersion, z, library, *cat_list)
 
 
@@ -145,11 +145,13 @@ class LinearDecoderSCVI(nn.Module):
         return scale, r, torch.exp(log_library) * scale, dropout
 
     def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
-        """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate and dropout; ``library`` is a log."""
+        """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate, dropout. ``library`` is a log."""
         return _seed_forward(self, dispersion, z, library, *cat_list)
 
 
-def _seed_forward(decoder: DecoderSCVI | LinearDecoderSCVI, dispersion: str, *args: Tensor) -> tuple[Tensor | None, ...]:
+def _seed_forward(
+    decoder: DecoderSCVI | LinearDecoderSCVI, dispersion: str, *args: Tensor
+) -> tuple[Tensor | None, ...]:
     one_of("dispersion", dispersion, DISPERSIONS)
     scale, r, rate, dropout = decoder.parameters_of_counts(*args)
     if dispersion != "gene-cell":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,8 @@ class FCLayer(nn.Module):
         self.rest = nn.Sequential(*rest)
 
     def forward(self, x: Tensor, instance_id: int = 0) -> Tensor:
-        h = self.linear(x)  # (..., n_out)
+        """Map (..., n_in) to (..., n_out)."""
+        h = self.linear(x)
         if self.batch_norm:
             h = self.batch_norm[instance_id](h.flatten(0, -2)).view_as(h)
         return self.rest(h)
@@ -74,7 +76,7 @@ class FCLayers(nn.Module):
     inject_covariates
         False: covariates enter the first layer only.
     n_instances
-        Number of separate batch normalisations, of which ``instance_id`` picks one (conditional instance normalisation).
+        Number of separate batch normalisations, of which ``instance_id`` picks one.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class FCLayers(nn.Module):
                 bias=bias,
                 n_instances=n_instances,
             )
-            for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+            for i, (a, b) in enumerate(pairwise(sizes))
         )
 
     def forward(self, x: Tensor, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
