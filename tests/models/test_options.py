@@ -116,7 +116,7 @@ def test_gene_label_needs_labels(name):
 def test_nothing_to_inject_deeply(name, representation):
     # An embedded batch is dense, so it enters the first layer only in any case.
     n_batch = 1 if representation == "one-hot" else 3
-    with pytest.raises(ValueError, match="has no effect: there is no one-hot covariate to leave out of deeper layers"):
+    with pytest.raises(ValueError, match="has no effect: there is no one-hot covariate to leave out of later layers"):
         models.get(name).module(
             5,
             n_batch,
