@@ -3,7 +3,11 @@ from __future__ import annotations
 import io
 import os
 
-os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports pyplot
+# Before anything imports pyplot, torch or numba. One thread each: numba would also set the number of torch's threads,
+# and two that share a core wait for each other most of the time.
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 from pathlib import Path
 
