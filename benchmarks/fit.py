@@ -53,9 +53,7 @@ def to_reference_elbo(adata: ad.AnnData, batch_key: str | None) -> pd.DataFrame:
     rows = [{"method": ours.method, "fit, seconds": ours.seconds, "held-out ELBO": ours.elbo}]
     if scvi is not None:
         reference = fit_reference(adata, batch_key, seed=0)
-        rows.append(
-            {"method": reference.method, "fit, seconds": reference.seconds, "held-out ELBO": reference.elbo}
-        )
+        rows.append({"method": reference.method, "fit, seconds": reference.seconds, "held-out ELBO": reference.elbo})
         reached = ours.history["seconds"][ours.history["elbo_validation"] >= reference.elbo]
         rows[0]["seconds to the reference's ELBO"] = reached.iloc[0] if len(reached) else float("nan")
         rows[1]["seconds to the reference's ELBO"] = reference.seconds

@@ -50,8 +50,8 @@ class Fitted:
     columns: np.ndarray  # positions of the module's genes in adata
 
     @classmethod
-    def open(cls, adata: AnnData, key: str | None, indices: object = None) -> Fitted:
-        """Read a fit and the cells at ``indices`` from ``adata``."""
+    def open(cls, adata: AnnData, key: str | None, indices: object = None, *, decodes: bool = True) -> Fitted:
+        """Read a fit and the cells at ``indices`` from ``adata``; ``decodes``: the cells will be decoded."""
         fit, spec, registry, module = load_module(adata, key)
         store = CellStore.from_adata(
             adata,
@@ -62,6 +62,12 @@ class Fitted:
         )
         if store.n_cells == 0:
             msg = "There are no cells to compute anything for: adata, or what indices choose of it, is empty."
+            raise ValueError(msg)
+        if decodes and store.labels is not None and (store.labels < 0).any():
+            msg = (
+                f"{(store.labels < 0).sum()} of {store.n_cells} cells have no label, and fit {fit.key!r} decodes with "
+                "dispersion='gene-label': leave them out with indices, or label them."
+            )
             raise ValueError(msg)
         columns = adata.var_names.get_indexer(fit.var_names)
         return cls(fit, registry, module, store, resolve_indices(adata, indices), columns)
@@ -113,7 +119,9 @@ class Fitted:
         gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
         repeated = sorted({gene for gene in gene_list if gene_list.count(gene) > 1})
         if repeated or not gene_list:
-            found = f"has genes more than once: {listing(repeated)}. Name each" if gene_list else "is empty: name at least"
+            found = (
+                f"has genes more than once: {listing(repeated)}. Name each" if gene_list else "is empty: name at least"
+            )
             msg = f"gene_list {found} one gene, or None for all."
             raise ValueError(msg)
         known = {name: i for i, name in enumerate(self.fit.var_names)}
@@ -133,4 +141,8 @@ def require(capability: Capability, fit: SavedFit, function: str) -> None:
 
 def in_batch(cells: Minibatch, batch: int | None) -> Minibatch:
     """The counterfactual of a minibatch: the same cells, had they been measured in ``batch``."""
-    return cells if batch is None else cells._replace(batch_index=cells.batch_index.new_full(cells.batch_index.shape, batch))
+    return (
+        cells
+        if batch is None
+        else cells._replace(batch_index=cells.batch_index.new_full(cells.batch_index.shape, batch))
+    )

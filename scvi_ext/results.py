@@ -103,11 +103,11 @@ def write_layers(
     """
     _own(adata)
     whole = rows is None and np.array_equal(columns, np.arange(adata.n_vars))
-    layers = [
-        np.empty(adata.shape, np.float32) if whole else np.full(adata.shape, np.nan, np.float32) for _ in names
-    ]
+    layers = [np.empty(adata.shape, np.float32) if whole else np.full(adata.shape, np.nan, np.float32) for _ in names]
     for stretch, arrays in blocks:
-        where = stretch if whole else np.ix_(np.arange(adata.n_obs)[stretch] if rows is None else rows[stretch], columns)
+        where = (
+            stretch if whole else np.ix_(np.arange(adata.n_obs)[stretch] if rows is None else rows[stretch], columns)
+        )
         for layer, array in zip(layers, arrays, strict=True):
             layer[where] = array
     for name, layer in zip(names, layers, strict=True):

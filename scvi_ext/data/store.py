@@ -188,6 +188,7 @@ class CellStore:
     continuous: np.ndarray | None  # (n, number of continuous covariates) float32
     protein: np.ndarray | None  # (n, P) float32
     obs_names: pd.Index
+    var_names: pd.Index
 
     @classmethod
     def from_adata(
@@ -217,6 +218,7 @@ class CellStore:
         """
         rows = resolve_indices(adata, indices)
         genes = _gene_order(adata, var_names)
+        names = adata.var_names if var_names is None else pd.Index(var_names)
         obs = adata.obs if rows is None else adata.obs.iloc[rows]
         readers = {
             "labels": (registry.labels_key, lambda key: _labels(obs, registry)),
@@ -239,7 +241,7 @@ class CellStore:
         if genes is not None:
             counts = counts[:, genes]
             counts.sort_indices()
-        return cls(counts=counts, batch_index=batch_index, obs_names=obs.index, **optional)
+        return cls(counts=counts, batch_index=batch_index, obs_names=obs.index, var_names=names, **optional)
 
     @property
     def n_cells(self) -> int:

@@ -61,7 +61,8 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, arrays: 
         entries = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
         # Single numbers come back from files in double precision.
         optimizer.state[parameter] = {
-            entry: torch.from_numpy(np.array(array)).to(parameter.device, parameter.dtype) for entry, array in entries.items()
+            entry: torch.from_numpy(np.array(array)).to(parameter.device, parameter.dtype)
+            for entry, array in entries.items()
         }
 
 

@@ -30,7 +30,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise ValueError(msg)
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= n_cuda:
-        msg = f"device={name!r} was asked for, but torch {torch.__version__} sees {n_cuda} CUDA devices here: use 'cpu'."
+        msg = (
+            f"device={name!r} was asked for, but torch {torch.__version__} sees {n_cuda} CUDA devices here: use 'cpu'."
+        )
         raise ValueError(msg)
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
 

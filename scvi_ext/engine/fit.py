@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from scvi_ext._contract import Loss, Minibatch
+    from scvi_ext._contract import Loss
     from scvi_ext.data.store import CellStore
     from scvi_ext.engine.plan import Plan
 
@@ -106,7 +106,12 @@ def fit(
     lr = torch.tensor(plan.lr, device=device)
     kl_weight = torch.zeros((), device=device)
     optimizer = torch.optim.Adam(
-        module.parameters(), lr=lr, eps=_ADAM_EPS, weight_decay=plan.weight_decay, fused=True, capturable=device.type == "cuda"
+        module.parameters(),
+        lr=lr,
+        eps=_ADAM_EPS,
+        weight_decay=plan.weight_decay,
+        fused=True,
+        capturable=device.type == "cuda",
     )
     progress = Progress()
     if resume is not None:
@@ -144,14 +149,16 @@ def fit(
             row = torch.cat([sums, held_out, finite]).tolist()  # the one host sync of the epoch
             seconds = time.perf_counter() - started
             if not np.isfinite(row).all() or not row[-1]:
-                _roll_back(module, block, snapshot, progress, np.concatenate([train, validation]), epoch)
+                _roll_back(module, store, block, snapshot, progress, np.concatenate([train, validation]), epoch)
                 progress.step = bar.n = epoch * plan.steps_per_epoch + first
                 sums.copy_(sums_before)
                 train = np.setdiff1d(train, progress.excluded)
                 validation = np.setdiff1d(validation, progress.excluded)
                 continue
             sums.zero_()
-            progress.history.append(_history_row(row, plan, progress, len(validation), n_steps * plan.batch_size / seconds))
+            progress.history.append(
+                _history_row(row, plan, progress, len(validation), n_steps * plan.batch_size / seconds)
+            )
             bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
             if patience is not None and len(validation):
                 _remember_best(module, progress, epoch, patience)
@@ -225,7 +232,13 @@ def _remember_best(module: nn.Module, progress: Progress, epoch: int, patience: 
 
 
 def _roll_back(
-    module: nn.Module, block: Block, snapshot: Snapshot, progress: Progress, rows: np.ndarray, epoch: int
+    module: nn.Module,
+    store: CellStore,
+    block: Block,
+    snapshot: Snapshot,
+    progress: Progress,
+    rows: np.ndarray,
+    epoch: int,
 ) -> None:
     """Return to the state before the epoch, leave out cells that cannot be modelled, or else halve the learning rate."""
     snapshot.restore()
@@ -239,8 +252,9 @@ def _roll_back(
         if not progress.history:
             msg = (
                 f"The loss was not finite in any of {len(progress.events)} attempts at the first epoch, the last one at "
-                f"{progress.lr_factor:.3g} of the planned learning rate. Positions of the cells with the largest loss: "
-                f"{listing(event.suspects)}; of the genes with the largest counts there: {listing(event.genes)}."
+                f"{progress.lr_factor:.3g} of the planned learning rate. Cells with the largest loss: "
+                f"{listing(store.obs_names[list(event.suspects)], 5)}; genes with the largest counts there: "
+                f"{listing(store.var_names[list(event.genes)], 5)}."
             )
             raise FloatingPointError(msg)
         progress.stop_reason = "non-finite loss"
@@ -307,5 +321,7 @@ def load_checkpoint(
     load_optimizer(module, optimizer, checkpoint)
     load_generators(device, checkpoint)
     plain = json.loads(str(checkpoint["progress"][0]))
-    plain["events"] = [NonFiniteEvent(**{k: tuple(v) if k != "epoch" else v for k, v in e.items()}) for e in plain["events"]]
+    plain["events"] = [
+        NonFiniteEvent(**{k: tuple(v) if k != "epoch" else v for k, v in e.items()}) for e in plain["events"]
+    ]
     return Progress(**plain | {"best_state": arrays("best.") or None, "stop_reason": "", "ctrl_c": False})

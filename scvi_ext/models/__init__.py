@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from scvi_ext._contract import Minibatch
 from scvi_ext._errors import one_of
 from scvi_ext.functional.counts import log_mixture_nb, log_nb_positive, log_zinb_positive
 from scvi_ext.functional.evidence import (
@@ -25,8 +26,6 @@ from scvi_ext.functional.evidence import (
 )
 from scvi_ext.functional.sampling import reparameterize_gaussian
 from scvi_ext.functional.tensors import broadcast_labels, enumerate_discrete, iterate, logsumexp, one_hot
-from scvi_ext.models.ldvae import LDVAE
-from scvi_ext.models.scvi import VAE
 from scvi_ext.nn.decoders import Decoder, DecoderSCVI, LinearDecoderSCVI
 from scvi_ext.nn.encoders import Encoder
 from scvi_ext.nn.layers import FCLayers
@@ -38,13 +37,12 @@ if TYPE_CHECKING:
     from scvi_ext._contract import DataSummary, ModelSpec, SavedFit
 
 __all__ = [
-    "LDVAE",
-    "VAE",
     "Decoder",
     "DecoderSCVI",
     "Encoder",
     "FCLayers",
     "LinearDecoderSCVI",
+    "Minibatch",
     "broadcast_labels",
     "build",
     "compute_elbo",
@@ -105,3 +103,8 @@ def restore(fit: SavedFit, summary: DataSummary) -> nn.Module:
     state = {name: torch.from_numpy(np.array(array)) for name, array in fit.state.items()}
     module.load_state_dict(state, assign=True)
     return module.eval()
+
+
+# The classes of the models stand beside the vocabulary: models.VAE, models.LDVAE, ...
+globals().update({_class.__name__: _class for _class in (get(name).module for name in names())})
+__all__ += [get(name).module.__name__ for name in names()]

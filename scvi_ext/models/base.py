@@ -385,9 +385,12 @@ class CountVAE(nn.Module, ABC):
         }
 
     def get_reconstruction_loss(
-        self, x: Tensor, px_rate: Tensor, px_r: Tensor | None, px_dropout: Tensor | None
+        self, x: Tensor, px_rate: Tensor, px_r: Tensor | None, px_dropout: Tensor | None, **outputs: Tensor | None
     ) -> Tensor:
-        """-log p(x | z, l) from the decoded parameters (``px_r`` is theta, ``px_dropout`` logits), shape (B,)."""
+        """-log p(x | z, l) from the decoded parameters (``px_r`` is theta, ``px_dropout`` logits), shape (B,).
+
+        ``outputs`` are the other entries of :meth:`inference`, which may be handed over whole; they are not needed.
+        """
         return -self.log_likelihood(x, Expression(px_rate, px_rate, px_r, px_dropout))
 
     def forward(

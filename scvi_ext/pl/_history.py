@@ -71,9 +71,9 @@ def history(
     """
     table = get.history(adata, key)
     one_of("metric", metric, [*_LABELS, "kl_weight", "lr", "cells_per_second"])
-    curves = {
-        name: table[f"{metric}_{name}"] for name in ("train", "validation") if f"{metric}_{name}" in table
-    } or {None: table[metric]}
+    curves = {name: table[f"{metric}_{name}"] for name in ("train", "validation") if f"{metric}_{name}" in table} or {
+        None: table[metric]
+    }
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for name, values in curves.items():

@@ -182,7 +182,9 @@ def fit(
     run = fitted.run
     train, validation = split_cells(store.n_cells, run["train_size"], run.get("validation_size"), run["seed"])
     with seeded(run["seed"] + 1, target):  # initial weights took run["seed"]
-        start = logg.info(f"fitting {fitted.model} on {len(train)} cells x {store.n_genes} genes, {len(validation)} held out")
+        start = logg.info(
+            f"fitting {fitted.model} on {len(train)} cells x {store.n_genes} genes, {len(validation)} held out"
+        )
         done, state_of_run = engine.fit(
             module,
             store,
@@ -209,7 +211,7 @@ def fit(
             var_names=fitted.var_names,
             state=module_arrays(module),
             history=_history(done),
-            status=_status(done, plan_, store, fitted.var_names, target, run["seed"]),
+            status=_status(done, plan_, store, target, run["seed"]),
             checkpoint=state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
         ),
     )
@@ -374,9 +376,7 @@ def _history(done: Progress) -> pd.DataFrame:
     return history
 
 
-def _status(
-    done: Progress, plan: Plan, store: CellStore, var_names: np.ndarray, device: object, seed: int
-) -> dict[str, Any]:
+def _status(done: Progress, plan: Plan, store: CellStore, device: object, seed: int) -> dict[str, Any]:
     suspects = sorted({i for event in done.events for i in event.suspects})
     genes = sorted({i for event in done.events for i in event.genes})
     return {
@@ -388,7 +388,7 @@ def _status(
         "non_finite_events": len(done.events),
         "non_finite_cells": _names(store.obs_names, done.excluded),
         "non_finite_suspects": _names(store.obs_names, suspects),
-        "non_finite_genes": _names(var_names, genes),
+        "non_finite_genes": _names(store.var_names, genes),
         "device": str(device),
         "seed": seed,
         "data": store.fingerprint(),
@@ -416,7 +416,7 @@ def _report(done: Progress, fitted: SavedFit, store: CellStore) -> None:
         )
         warnings.warn(
             f"The loss was not finite {len(done.events)} times; each time the last good state was restored, and the fit {who}. "
-            f"Genes with the most extreme counts there: {listing(fitted.var_names[list(last.genes)], 5)}.",
+            f"Genes with the most extreme counts there: {listing(store.var_names[list(last.genes)], 5)}.",
             ScviExtWarning,
             stacklevel=3,
         )

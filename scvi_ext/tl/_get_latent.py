@@ -92,7 +92,7 @@ def get_latent(
         msg = f"mc_samples={mc_samples} must be 1 or more."
         raise ValueError(msg)
     adata = adata.copy() if copy else adata
-    fitted = Fitted.open(adata, key, indices)
+    fitted = Fitted.open(adata, key, indices, decodes=False)
     module = fitted.module
     logistic = module.latent_distribution == "ln"
     n_draws = mc_samples if logistic and give_mean and not return_dist else 1

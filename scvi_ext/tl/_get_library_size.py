@@ -67,7 +67,7 @@ def get_library_size(
     True
     """
     adata = adata.copy() if copy else adata
-    fitted = Fitted.open(adata, key, indices)
+    fitted = Fitted.open(adata, key, indices, decodes=False)
     module = fitted.module
 
     def library_size(cells: Minibatch, draws: Draws) -> np.ndarray:
