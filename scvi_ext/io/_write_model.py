@@ -41,6 +41,10 @@ def write_model(adata: AnnData, path: str | os.PathLike, key: str | None = None,
     overwrite
         Whether to replace a model that is there already.
 
+    Returns
+    -------
+    ``None``. Nothing is written into ``adata``.
+
     Raises
     ------
     FileExistsError
