@@ -105,7 +105,8 @@ def fit_reference(adata: ad.AnnData, batch_key: str | None, seed: int, max_epoch
 def agreement(latent: np.ndarray, cell_types: pd.Series) -> dict[str, float]:
     """How well a latent representation agrees with known cell types; cells called Unknown do not count.
 
-    k-means (mean over five starts) and Leiden at the resolution whose number of clusters is nearest to that of the types.
+    k-means (mean over five starts) and Leiden at the resolution whose number of clusters is nearest to that of the
+    types.
     """
     known = (cell_types.astype(str) != "Unknown").to_numpy()
     latent, types = latent[known], cell_types[known].astype(str).to_numpy()

@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py pbmc3k.h5ad kang_ctrl_8donors.h5ad:batch --seeds 0 1 2
 
-Each file has counts in X and cell types in obs["cell_type"]; a batch column follows the colon. Prints one markdown table.
+Each file has counts in X and cell types in obs["cell_type"]; a batch column follows the colon. Prints one markdown
+table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Deep generative models of single-cell data as scanpy functions: an AnnData goes in, a fitted model comes back in it."""
+"""Deep generative models of single-cell data as scanpy functions: the fitted model comes back in the AnnData."""
 
 from __future__ import annotations
 

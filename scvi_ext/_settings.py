@@ -41,5 +41,11 @@ settings = Settings()
 
 
 def set_verbosity(level: int | str) -> None:
-    """Set how much is logged: scanpy's levels, ``0``-``4`` or ``"error"``, ``"warning"``, ``"info"``, ``"hint"``, ``"debug"``."""
+    """Set how much is logged.
+
+    Parameters
+    ----------
+    level
+        ``0`` to ``4``, or ``"error"``, ``"warning"``, ``"info"``, ``"hint"``, ``"debug"``: scanpy's levels.
+    """
     settings.verbosity = level

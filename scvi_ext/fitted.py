@@ -1,4 +1,4 @@
-"""A fit brought back to life: the module, and the cells it is asked about. The reading counterpart of ``results.py``."""
+"""A fit brought back to life: the module, and the cells it is asked about. What ``results.py`` writes, read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from scvi_ext import models
-from scvi_ext._contract import Capability, Minibatch
 from scvi_ext._errors import listing, needs_capability, one_of
 from scvi_ext._keys import FitKeys
 from scvi_ext._settings import settings
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
-    from scvi_ext._contract import ModelSpec, SavedFit
+    from scvi_ext._contract import Capability, Minibatch, ModelSpec, SavedFit
 
     T = TypeVar("T")
 
@@ -101,7 +100,7 @@ class Fitted:
         if transform_batch is None:
             return [None]
         if self.registry.batch_key is None:
-            msg = f"transform_batch={transform_batch!r} has no meaning: fit {self.fit.key!r} was trained without a batch_key."
+            msg = f"transform_batch={transform_batch!r} has no meaning: fit {self.fit.key!r} knows no batches."
             raise ValueError(msg)
         single = isinstance(transform_batch, str) or not np.iterable(transform_batch)
         wanted = [str(b) for b in ([transform_batch] if single else transform_batch)]

@@ -99,7 +99,8 @@ def write_layers(
 ) -> None:
     """``layers[name]``, float32, filled stretch by stretch as ``blocks`` come in, and assigned when they are complete.
 
-    Each block is a stretch of ``rows`` with one array for each name, its columns the genes at ``columns``. The rest is NaN.
+    Each block is a stretch of ``rows`` with one array for each name, its columns the genes at ``columns``. The rest is
+    NaN.
     """
     _own(adata)
     whole = rows is None and np.array_equal(columns, np.arange(adata.n_vars))

@@ -88,8 +88,8 @@ def fit(
     device
         Where.
     patience
-        Epochs without a better held-out ELBO after which to stop; None trains to the end. With a number, the best state is
-        the one that remains.
+        Epochs without a better held-out ELBO after which to stop; None trains to the end. With a number, the best
+        state is the one that remains.
     resume
         Checkpoint of an earlier call with the same arguments.
     show_progress
@@ -240,7 +240,7 @@ def _roll_back(
     rows: np.ndarray,
     epoch: int,
 ) -> None:
-    """Return to the state before the epoch, leave out cells that cannot be modelled, or else halve the learning rate."""
+    """Return to the state before the epoch; leave out cells that cannot be modelled, or else halve the rate."""
     snapshot.restore()
     event = find_culprits(module, block, rows, epoch)
     progress.events.append(event)
@@ -251,8 +251,8 @@ def _roll_back(
     if len(progress.events) > MAX_ROLLBACKS:
         if not progress.history:
             msg = (
-                f"The loss was not finite in any of {len(progress.events)} attempts at the first epoch, the last one at "
-                f"{progress.lr_factor:.3g} of the planned learning rate. Cells with the largest loss: "
+                f"The loss was not finite in any of {len(progress.events)} attempts at the first epoch, the last one "
+                f"at {progress.lr_factor:.3g} of the planned learning rate. Cells with the largest loss: "
                 f"{listing(store.obs_names[list(event.suspects)], 5)}; genes with the largest counts there: "
                 f"{listing(store.var_names[list(event.genes)], 5)}."
             )
@@ -291,7 +291,8 @@ def _bar(plan: Plan, done: int, show: bool | None) -> object:
     return tqdm(total=plan.n_steps, initial=done, desc="fit", unit="step", disable=disable)
 
 
-# ---- the checkpoint: progress beside the state of module, optimiser and generators -------------------------------------
+# ---- the checkpoint: progress beside the state of module, optimiser and generators
+# -------------------------------------
 
 
 def make_checkpoint(

@@ -32,8 +32,8 @@ class NonFiniteEvent:
 def find_culprits(module: nn.Module, block: Block, rows: np.ndarray, epoch: int) -> NonFiniteEvent:
     """Look at every cell with the module in its last good state.
 
-    Data that cannot be modelled (infinite, NaN, absurdly large) shows as cells without a finite loss. Where every cell has one,
-    the optimiser went too far, and the cells with the largest loss are the suspects.
+    Data that cannot be modelled (infinite, NaN, absurdly large) shows as cells without a finite loss. Where every cell
+    has one, the optimiser went too far, and the cells with the largest loss are the suspects.
     """
     was_training = module.training
     module.eval()

@@ -30,6 +30,7 @@ class Plan:
 
     @property
     def n_steps(self) -> int:
+        """Steps of the whole run."""
         return self.n_epochs * self.steps_per_epoch
 
     def lr_at(self, step: int) -> float:
@@ -50,6 +51,7 @@ class Plan:
 
     @property
     def final_kl_weight(self) -> float:
+        """KL weight of the last step."""
         return self.kl_weight_at(self.n_steps - 1)
 
 
@@ -69,8 +71,8 @@ def make_plan(
     Parameters
     ----------
     name
-        ``"auto"``: a one-cycle learning rate over few epochs, KL warm-up over a share of the steps. ``"scvi-tools"``: the
-        reference's schedule (constant 1e-3, min(400, 400 * 20000 / cells) epochs, KL warm-up over 400 epochs).
+        ``"auto"``: a one-cycle learning rate over few epochs, KL warm-up over a share of the steps. ``"scvi-tools"``:
+        the reference's schedule (constant 1e-3, min(400, 400 * 20000 / cells) epochs, KL warm-up over 400 epochs).
     n_cells, n_train
         All cells, and those trained on.
     batch_size
@@ -112,8 +114,8 @@ def make_plan(
 def auto_epochs(n_train: int, batch_size: int) -> int:
     """Epochs of the one-cycle plan: steps grow with the square root of the cells, and every cell is seen four times.
 
-    On data sets from 700 to 20,000 cells more steps fit the training cells better and the held-out ones and the cell types
-    worse; see the page on training.
+    On data sets from 700 to 20,000 cells more steps fit the training cells better and the held-out ones and the cell
+    types worse; see the page on training.
     """
     steps_per_epoch = math.ceil(n_train / batch_size)
     return max(4, math.ceil(8 * math.sqrt(n_train) / steps_per_epoch))

@@ -21,9 +21,10 @@ def fits(adata: AnnData) -> pd.DataFrame:
 
     Returns
     -------
-    Indexed by key, with the columns ``model``, ``genes``, ``parameters`` (numbers of them), ``epochs``, ``stop_reason``,
-    ``elbo_validation`` (per cell, after the last epoch; NaN without held-out cells), ``resumable`` and ``last`` (whether it is
-    the one that read-outs take by default). Empty if nothing is fitted.
+    Indexed by key, with the columns ``model``, ``genes``, ``parameters`` (numbers of them), ``epochs``,
+    ``stop_reason``,
+    ``elbo_validation`` (per cell, after the last epoch; NaN without held-out cells), ``resumable`` and ``last``
+    (whether it is the one that read-outs take by default). Empty if nothing is fitted.
 
     Examples
     --------

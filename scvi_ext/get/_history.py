@@ -21,9 +21,10 @@ def history(adata: AnnData, key: str | None = None) -> pd.DataFrame:
 
     Returns
     -------
-    One row per epoch. ``elbo``, ``reconstruction_loss``, ``kl_z`` and ``kl_library`` per cell in nats, each for ``_train``
-    (running average over the epoch) and ``_validation`` (held-out cells after the epoch); higher ELBO is better. ``kl_weight``
-    and ``lr`` at the last step of the epoch, ``cells_per_second``.
+    One row per epoch. ``elbo``, ``reconstruction_loss``, ``kl_z`` and ``kl_library`` per cell in nats, each for
+    ``_train``
+    (running average over the epoch) and ``_validation`` (held-out cells after the epoch); higher ELBO is better.
+    ``kl_weight`` and ``lr`` at the last step of the epoch, ``cells_per_second``.
 
     Raises
     ------

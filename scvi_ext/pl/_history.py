@@ -40,7 +40,8 @@ def history(
     key
         Which fit; the last one by default.
     metric
-        ``"elbo"``, ``"reconstruction_loss"``, ``"kl_z"`` or ``"kl_library"``, in nats per cell; or ``"kl_weight"``, ``"lr"`` or
+        ``"elbo"``, ``"reconstruction_loss"``, ``"kl_z"`` or ``"kl_library"``, in nats per cell; or ``"kl_weight"``,
+        ``"lr"`` or
         ``"cells_per_second"``.
     ax
         Axes to draw into; new ones by default.

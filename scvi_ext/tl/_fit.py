@@ -73,9 +73,10 @@ def fit(
 ) -> AnnData | None:
     """Train a model on the counts, and keep it inside ``adata``.
 
-    Reads what :func:`~scvi_ext.pp.setup_anndata` registered. Logs the plan (epochs, steps, final KL weight, predicted time) at
-    verbosity info before it starts and shows a progress bar. Ctrl-C stops after the step under way: what has been trained is
-    kept, can be used, and can be continued with ``resume=True``.
+    Reads what :func:`~scvi_ext.pp.setup_anndata` registered. Logs the plan (epochs, steps, final KL weight, predicted
+    time) at
+    verbosity info before it starts and shows a progress bar. Ctrl-C stops after the step under way: what has been
+    trained is kept, can be used, and can be continued with ``resume=True``.
 
     Parameters
     ----------
@@ -92,8 +93,8 @@ def fit(
     train_size, validation_size
         Shares of the cells to train on and to hold out; ``validation_size=None`` holds out the rest. Split by ``seed``.
     early_stopping
-        Stop when the held-out ELBO has not improved for some epochs (a number, or True for the plan's) and restore the best
-        state. By default the plan is carried out to its end.
+        Stop when the held-out ELBO has not improved for some epochs (a number, or True for the plan's) and restore the
+        best state. By default the plan is carried out to its end.
     lr
         Learning rate (of ``plan="auto"``: its peak).
     plan
@@ -105,11 +106,11 @@ def fit(
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
     seed
-        Of initial weights, split, order of the cells, dropout and posterior samples; None takes ``settings.seed``. Global
-        random generators are neither read nor changed.
+        Of initial weights, split, order of the cells, dropout and posterior samples; None takes ``settings.seed``.
+        Global random generators are neither read nor changed.
     checkpoint
-        Keep the state of optimiser and generators too (about twice the size of the weights). An interrupted run keeps it
-        anyway.
+        Keep the state of optimiser and generators too (about twice the size of the weights). An interrupted run keeps
+        it anyway.
     resume
         Go on with the fit ``key_added`` exactly where it stopped. All other options are those of that run.
     progress
@@ -124,8 +125,9 @@ def fit(
     ``None``, or the changed copy. Sets
 
     ``adata.uns["scvi_ext"]["fits"][key_added]``
-        ``model``, ``config``, ``run``, ``setup``, ``var_names``, ``state`` (name -> array), ``history`` (one row per epoch:
-        ELBO, reconstruction loss and KL terms per cell for training and held-out cells; higher ELBO is better), ``status``.
+        ``model``, ``config``, ``run``, ``setup``, ``var_names``, ``state`` (name -> array), ``history`` (one row per
+        epoch: ELBO, reconstruction loss and KL terms per cell for training and held-out cells; higher ELBO is better),
+        ``status``.
 
     Raises
     ------
@@ -282,7 +284,7 @@ def _reopen(
     fitted = read_fit(adata, model if key_added is None else key_added)
     check_fit_matches_setup(fitted, adata)
     if model != fitted.model:
-        msg = f"Fit {fitted.key!r} is of the model {fitted.model!r}, not {model!r}: name it to resume, model={fitted.model!r}."
+        msg = f"Fit {fitted.key!r} is of the model {fitted.model!r}, not {model!r}: resume it as that."
         raise ValueError(msg)
     if asked:
         msg = f"resume=True goes on with the options of the run it continues; leave out {listing(asked)}."
@@ -412,10 +414,12 @@ def _report(done: Progress, fitted: SavedFit, store: CellStore) -> None:
         who = (
             f"left out cells without a finite loss: {listing(store.obs_names[list(done.excluded)])}"
             if done.excluded
-            else f"lowered the learning rate; cells with the largest loss: {listing(store.obs_names[list(last.suspects)], 5)}"
+            else "lowered the learning rate; cells with the largest loss: "
+            f"{listing(store.obs_names[list(last.suspects)], 5)}"
         )
         warnings.warn(
-            f"The loss was not finite {len(done.events)} times; each time the last good state was restored, and the fit {who}. "
+            f"The loss was not finite {len(done.events)} times; each time the last good state was restored, and "
+            f"the fit {who}. "
             f"Genes with the most extreme counts there: {listing(store.var_names[list(last.genes)], 5)}.",
             ScviExtWarning,
             stacklevel=3,

@@ -44,8 +44,8 @@ def get_latent(
     give_mean
         The mean of q(z | x). False: one posterior sample.
     mc_samples
-        Posterior samples for the mean of a logistic normal (``latent_distribution="ln"``), which has no closed form. Without
-        effect on a normal one, whose mean is exact.
+        Posterior samples for the mean of a logistic normal (``latent_distribution="ln"``), which has no closed form.
+        Without effect on a normal one, whose mean is exact.
     return_dist
         Write location and variance of q(z | x) instead (of a logistic normal: before the softmax).
     indices

@@ -34,8 +34,8 @@ def get_loadings(
     ``None``, or the changed copy. Sets
 
     ``adata.varm["<key>_loadings"]``
-        float32, genes x n_latent, on the scale of the logits of the profile and corrected for batch normalisation; genes that
-        the fit does not know are NaN.
+        float32, genes x n_latent, on the scale of the logits of the profile and corrected for batch normalisation;
+        genes that the fit does not know are NaN.
 
     Raises
     ------

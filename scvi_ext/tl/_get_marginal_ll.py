@@ -30,8 +30,8 @@ def get_marginal_ll(
 ) -> float | AnnData | None:
     """Marginal log-likelihood log p(x) of each cell, by importance sampling from q. Higher is better.
 
-    log p(x) is estimated by log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x). The estimate is too low on average, by less the
-    more samples are taken.
+    log p(x) is estimated by log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x). The estimate is too low on average, by
+    less the more samples are taken.
 
     Parameters
     ----------

@@ -47,7 +47,8 @@ def get_normalized_expression(
     key
         Which fit; the last one by default.
     transform_batch
-        Batch to decode in, as if all cells had been measured there, or several, which are averaged. None: each cell's own.
+        Batch to decode in, as if all cells had been measured there, or several, which are averaged. None: each cell's
+        own.
     gene_list
         Names of genes; the result is then a table in ``obsm``.
     library_size
@@ -107,7 +108,7 @@ def get_normalized_expression(
     if weights is not None:
         one_of("weights", weights, ["importance"])
     if weights is not None and (n_samples == 1 or not return_mean):
-        msg = "weights='importance' has no effect: it weighs several samples (n_samples > 1) of a mean (return_mean=True)."
+        msg = "weights='importance' has no effect: it weighs samples (n_samples > 1) of a mean (return_mean=True)."
         raise ValueError(msg)
     if not return_mean and (copy or key_added is not None):
         msg = "return_mean=False returns an array and writes nothing: leave out copy and key_added."

@@ -1,4 +1,4 @@
-"""What get_elbo, get_reconstruction_error and get_marginal_ll share: one number per cell, returned as a mean or written."""
+"""What get_elbo, get_reconstruction_error and get_marginal_ll share: a number per cell, averaged or written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def per_cell(
         msg = f"The number of samples is {n_samples}; it must be 1 or more."
         raise ValueError(msg)
     if return_mean and (copy or key_added is not None):
-        msg = "return_mean=True returns a number and writes nothing: leave out copy and key_added, or ask for return_mean=False."
+        msg = "return_mean=True writes nothing: leave out copy and key_added, or ask for return_mean=False."
         raise ValueError(msg)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)

@@ -207,7 +207,7 @@ def test_samples_are_returned_and_their_mean_is_what_is_written(fitted):
         ({"library_size": np.inf}, ValueError, "library_size=inf must be positive"),
         ({"library_size": "observed"}, ValueError, "library_size='observed' is not one of 'latent'"),
         ({"weights": "uniform", "n_samples": 5}, ValueError, "weights='uniform' is not one of 'importance'"),
-        ({"weights": "importance"}, ValueError, "weights='importance' has no effect: it weighs several samples"),
+        ({"weights": "importance"}, ValueError, "weights='importance' has no effect: it weighs samples"),
         (
             {"weights": "importance", "n_samples": 5, "return_mean": False},
             ValueError,
@@ -229,7 +229,7 @@ def test_without_batches_there_is_none_to_decode_in(counts):
     sx.pp.setup_anndata(counts)
     sx.tl.fit(counts, **QUICK)
     with pytest.raises(
-        ValueError, match="transform_batch='b0' has no meaning: fit 'scvi' was trained without a batch_key"
+        ValueError, match="transform_batch='b0' has no meaning: fit 'scvi' knows no batches"
     ):
         sx.tl.get_normalized_expression(counts, transform_batch="b0")
 

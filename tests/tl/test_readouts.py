@@ -344,5 +344,5 @@ def test_nothing_is_written_where_a_mean_is_returned(fitted, write, readout):
     write(readout, fitted, return_mean=True)
     assert slots(fitted) == before
     for options in ({"copy": True}, {"key_added": "mine"}):
-        with pytest.raises(ValueError, match="return_mean=True returns a number and writes nothing: leave out copy"):
+        with pytest.raises(ValueError, match="return_mean=True writes nothing: leave out copy"):
             write(readout, fitted, return_mean=True, **options)
