@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -202,21 +202,14 @@ def fit(
         )
 
     interrupted = done.stop_reason == "interrupted"
-    results.write_fit(
-        adata,
-        SavedFit(
-            key=fitted.key,
-            model=fitted.model,
-            config=fitted.config,
-            run=run,
-            setup=fitted.setup,
-            var_names=fitted.var_names,
-            state=module_arrays(module),
-            history=_history(done),
-            status=_status(done, plan_, store, target, run["seed"]),
-            checkpoint=state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
-        ),
+    fitted = replace(
+        fitted,
+        state=module_arrays(module),
+        history=_history(done),
+        status=_status(done, plan_, store, target, run["seed"]),
+        checkpoint=state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
     )
+    results.write_fit(adata, fitted)
     _report(done, fitted, store)
     logg.info(
         f"    {done.stop_reason} after {len(done.history)} epochs",
