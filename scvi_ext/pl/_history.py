@@ -59,7 +59,7 @@ def history(
     KeyError
         No such fit.
     ValueError
-        Unknown metric.
+        Unknown metric, or a fit that was interrupted before its first epoch was complete.
 
     Examples
     --------
@@ -72,6 +72,9 @@ def history(
     """
     table = get.history(adata, key)
     one_of("metric", metric, [*_LABELS, "kl_weight", "lr", "cells_per_second"])
+    if table.empty:
+        msg = "There is no epoch to draw: the fit was interrupted in its first one. Go on with resume=True."
+        raise ValueError(msg)
     curves = {name: table[f"{metric}_{name}"] for name in ("train", "validation") if f"{metric}_{name}" in table} or {
         None: table[metric]
     }

@@ -102,6 +102,14 @@ def test_history_draws_into_given_axes(fitted):
     assert plt.get_fignums() == [figure.number]
 
 
+def test_history_needs_an_epoch(fitted):
+    saved = fitted.uns["scvi_ext"]["fits"]["scvi"]
+    saved["history"] = saved["history"].iloc[:0, :0]  # as after an interrupt in the first epoch
+    with pytest.raises(ValueError, match="There is no epoch to draw: the fit was interrupted in its first one"):
+        sx.pl.history(fitted)
+    assert not plt.get_fignums()
+
+
 def test_history_knows_its_metrics(fitted):
     with pytest.raises(ValueError, match=r"metric='loss' is not one of 'cells_per_second', 'elbo', 'kl_library'"):
         sx.pl.history(fitted, metric="loss")
