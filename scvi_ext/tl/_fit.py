@@ -249,7 +249,8 @@ def _prepare(
     train, validation = split_cells(adata.n_obs, **split, seed=seed)
     plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), **plan)
     patience = _patience(early_stopping, plan_, len(validation))
-    store = CellStore.from_adata(adata, registry, columns=needed | ALWAYS_READ)
+    # By name, so that genes that share one are refused here and not when the fit is used.
+    store = CellStore.from_adata(adata, registry, var_names=adata.var_names, columns=needed | ALWAYS_READ)
     if "labels" in needed and (store.labels < 0).any():
         msg = f"{(store.labels < 0).sum()} cells have no label, and dispersion='gene-label' needs one for every cell."
         raise ValueError(msg)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from dataclasses import fields
 
 import anndata as ad
@@ -457,6 +458,24 @@ def test_data_must_be_set_up_first(counts):
     with pytest.raises(KeyError, match=r"has no 'setup': call scvi_ext\.pp\.setup_anndata\(adata\) first"):
         sx.tl.fit(counts)
     assert "scvi_ext" not in counts.uns
+
+
+def test_genes_that_share_a_name_are_refused(registered):
+    registered.var_names = ["gene1", *registered.var_names[1:]]
+    with pytest.raises(ValueError, match=r"1 names more than once: 'gene1'.*call adata\.var_names_make_unique\(\)"):
+        sx.tl.fit(registered, **QUICK)
+    assert "fits" not in registered.uns["scvi_ext"]
+
+
+def test_it_works_beside_the_main_thread(registered, make_counts):
+    """Where there are no signals, as in servers and schedulers."""
+    sx.tl.fit(registered, **QUICK)
+    other = make_counts()
+    sx.pp.setup_anndata(other, batch_key="batch")
+    thread = threading.Thread(target=sx.tl.fit, args=(other,), kwargs=QUICK)
+    thread.start()
+    thread.join()
+    assert_same_fit(registered, other)
 
 
 def test_every_cell_needs_a_label_for_a_dispersion_per_label(counts):

@@ -228,9 +228,7 @@ def test_expression_that_cannot_be_is_refused(fitted, options, error, message):
 def test_without_batches_there_is_none_to_decode_in(counts):
     sx.pp.setup_anndata(counts)
     sx.tl.fit(counts, **QUICK)
-    with pytest.raises(
-        ValueError, match="transform_batch='b0' has no meaning: fit 'scvi' knows no batches"
-    ):
+    with pytest.raises(ValueError, match="transform_batch='b0' has no meaning: fit 'scvi' knows no batches"):
         sx.tl.get_normalized_expression(counts, transform_batch="b0")
 
 

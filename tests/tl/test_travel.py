@@ -123,6 +123,14 @@ def read_out_latent(adata):
     return sx.tl.get_latent(adata, copy=True).obsm["X_scvi"]
 
 
+def test_a_fit_without_a_complete_epoch_travels_too(fitted, through_a_file):
+    saved = fitted.uns["scvi_ext"]["fits"]["scvi"]
+    saved["history"] = saved["history"].iloc[:0, :0]  # as after an interrupt in the first epoch
+    again = through_a_file(fitted)
+    assert sx.get.history(again).empty
+    assert sx.get.fits(again)["epochs"].to_dict() == {"ldvae": 3, "scvi": 0}
+
+
 def test_a_copy_is_independent(fitted):
     copy = fitted.copy()
     sx.tl.fit(copy, n_hidden=8, max_epochs=2)
