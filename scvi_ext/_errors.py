@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ def listing(values: Iterable, limit: int = 10) -> str:
 
 
 def _hint(value: object, choices: list[str]) -> str:
-    close = get_close_matches(str(value), choices, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = get_close_matches(str(value).lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -52,3 +54,22 @@ def unknown_keyword(function: str, name: str, valid: Iterable[str], renamed: str
 def needs_capability(function: str, model: str, able: Iterable[str]) -> ValueError:
     """A ValueError for a read-out that the fitted model does not have."""
     return ValueError(f"{function} is not possible with a {model!r} fit; models that have it: {listing(sorted(able))}.")
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """``value`` as an int, if it is a whole number that is large enough; else a TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        msg = f"{name}={value!r} is a {type(value).__name__}; a whole number is needed."
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name}={value!r} must be {least} or more."
+        raise ValueError(msg)
+    return int(value)
+
+
+def number(name: str, value: object) -> float:
+    """``value``, if it is a number; else a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        msg = f"{name}={value!r} is a {type(value).__name__}; a number is needed."
+        raise TypeError(msg)
+    return value

@@ -72,8 +72,8 @@ FORMAT = 1  # of uns["scvi_ext"]; raised when a reader of this version could mis
 
 
 def valid_key(key: object) -> str:
-    """``key``, if it can name a fit; else a ValueError."""
-    if not isinstance(key, str) or not key or "/" in key:
-        msg = f"key_added={key!r} must be a name without '/' (h5ad and zarr take it for a path)."
+    """``key``, if it can name a fit or a slot in every file format; else a ValueError."""
+    if not isinstance(key, str) or key in ("", ".", "..") or "/" in key:
+        msg = f"key_added={key!r} must be a name, not '.' or '..', and without '/' (h5ad and zarr take it for a path)."
         raise ValueError(msg)
     return key

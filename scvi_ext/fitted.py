@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from scvi_ext import models
-from scvi_ext._errors import listing, needs_capability, one_of
-from scvi_ext._keys import FitKeys
+from scvi_ext._errors import listing, needs_capability, one_of, whole_number
+from scvi_ext._keys import FitKeys, valid_key
 from scvi_ext._settings import settings
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit
 from scvi_ext.data.store import CellStore, resolve_indices
@@ -76,6 +76,25 @@ class Fitted:
         """Names of the slots that this fit's read-outs write."""
         return FitKeys(self.fit.key)
 
+    def slot(self, place: str, default: str, key_added: str | None) -> str:
+        """The name to write in ``place`` ("obs", "obsm", "layers"): a valid one, and none that the fit reads itself."""
+        name = default if key_added is None else valid_key(key_added)
+        read = {
+            "obs": {
+                self.registry.batch_key,
+                self.registry.labels_key,
+                self.registry.size_factor_key,
+                *self.registry.categorical_covariate_keys,
+                *self.registry.continuous_covariate_keys,
+            },
+            "obsm": {self.registry.protein_obsm_key},
+            "layers": {self.registry.layer},
+        }
+        if name in read[place]:
+            msg = f"adata.{place}[{name!r}] is what fit {self.fit.key!r} reads: choose another name, key_added=..."
+            raise ValueError(msg)
+        return name
+
     def map(
         self,
         fn: Callable[[Minibatch, Draws], T],
@@ -91,7 +110,7 @@ class Fitted:
             self.store,
             device=resolve_device(),
             batch_size=batch_size,
-            seed=settings.seed if seed is None else seed,
+            seed=whole_number("seed", settings.seed if seed is None else seed, 0),
             floats_per_cell=floats_per_cell,
         )
 

@@ -67,7 +67,11 @@ def _check_supported(matrix: Any) -> None:
 def _as_csr(block: Any) -> sp.csr_matrix:
     if not sp.issparse(block) and block.dtype == np.float16:  # which SciPy's sparse matrices do not have
         block = block.astype(np.float32)
-    return sp.csr_matrix(block)
+    block = sp.csr_matrix(block)
+    if not block.has_canonical_format:  # several entries for one cell and gene add up
+        block = block.copy()
+        block.sum_duplicates()
+    return block
 
 
 def _rows_first(matrix: Any) -> Any:
@@ -83,11 +87,7 @@ def _chunk_rows(matrix: Any) -> int:
 
 def _counts(matrix: sp.csr_matrix) -> sp.csr_matrix:
     """Float32, one entry per cell and gene, genes in order; nothing is copied where this holds already."""
-    matrix = matrix.astype(np.float32, copy=False)
-    if not matrix.has_canonical_format:
-        matrix = matrix.copy()
-        matrix.sum_duplicates()
-    return matrix
+    return matrix.astype(np.float32, copy=False)
 
 
 def row_chunks(matrix: Any, chunk: int | None = None) -> Iterator[tuple[int, sp.csr_matrix]]:

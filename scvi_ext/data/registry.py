@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from scvi_ext._contract import DataSummary, SavedFit
 from scvi_ext._errors import listing, missing_key
@@ -16,9 +17,7 @@ from scvi_ext._keys import FORMAT, UNS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anndata import AnnData
-
-_CATEGORIES = ("batch_categories", "labels_categories", "covariate_categories", "protein_names")
+_NOT_SLOTS = ("batch_categories", "labels_categories", "covariate_categories", "protein_names", "audit")
 _UNKNOWN = -2  # never leaves this module: -1 already means unlabelled
 
 
@@ -38,6 +37,7 @@ class Registry:
     batch_categories: tuple[str, ...] = ()  # () when batch_key is None
     labels_categories: tuple[str, ...] = ()  # without the unlabelled category
     covariate_categories: tuple[tuple[str, ...], ...] = ()  # one tuple per categorical covariate
+    audit: str | None = None  # "clean" where the counts were raw counts when they were registered
 
     def to_uns(self) -> dict[str, Any]:
         """As a dict that h5ad and zarr can hold: strings and arrays of strings; what is absent is left out."""
@@ -98,8 +98,16 @@ def _plain(value: Any) -> Any:
 
 
 def read_root(adata: AnnData) -> Mapping[str, Any]:
-    """``adata.uns["scvi_ext"]``, or an empty mapping; a ValueError if a newer version wrote it."""
+    """``adata.uns["scvi_ext"]``, or an empty mapping; a ValueError if a newer version wrote it, or something else."""
+    if not isinstance(adata, AnnData):
+        msg = f"adata is a {type(adata).__name__}; an AnnData is needed."
+        raise TypeError(msg)
     root = adata.uns.get(UNS.root, {})
+    if not isinstance(root, Mapping):
+        msg = (
+            f"adata.uns[{UNS.root!r}] is a {type(root).__name__}, which scvi_ext has not written: remove or rename it."
+        )
+        raise ValueError(msg)
     found = int(root.get(UNS.format, FORMAT))
     if found > FORMAT:
         msg = (
@@ -126,7 +134,13 @@ def read_fit(adata: AnnData, key: str | None = None) -> SavedFit:
     if len(fits) == 0:
         msg = f"adata.uns[{UNS.root!r}] has no fits: call scvi_ext.tl.fit(adata) first."
         raise KeyError(msg)
-    key = str(root.get(UNS.last_fit, "")) if key is None else key
+    if key is None:
+        key = str(root.get(UNS.last_fit, ""))
+        if key not in fits:  # it was deleted
+            key = next(iter(fits)) if len(fits) == 1 else None
+        if key is None:
+            msg = f"The last fit was deleted; name one of the others, key=...: {listing(fits)}."
+            raise KeyError(msg)
     if key not in fits:
         raise missing_key(f"adata.uns[{UNS.root!r}][{UNS.fits!r}]", key, fits)
     saved = fits[key]
@@ -164,7 +178,7 @@ def check_fit_matches_setup(fit: SavedFit, adata: AnnData) -> None:
 
 def differing_slots(one: Registry, other: Registry) -> list[str]:
     """Names of the fields in which two registries read other slots; their categories may differ."""
-    names = [field.name for field in fields(Registry) if field.name not in _CATEGORIES]
+    names = [field.name for field in fields(Registry) if field.name not in _NOT_SLOTS]
     return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
@@ -172,6 +186,9 @@ def column(obs: pd.DataFrame, key: str) -> pd.Series:
     """``obs[key]``, or a KeyError with the columns there are."""
     if key not in obs:
         raise missing_key("adata.obs", key, obs.columns)
+    if isinstance(obs[key], pd.DataFrame):
+        msg = f"adata.obs has {obs[key].shape[1]} columns called {key!r}: rename or drop all but one."
+        raise ValueError(msg)
     return obs[key]
 
 
@@ -190,7 +207,15 @@ def check_complete(obs: pd.DataFrame, key: str, advice: str = "") -> None:
 def _factorized(values: pd.Series) -> tuple[np.ndarray, list[str]]:
     """Codes (-1 = missing) and the strings of the categories, in their own order or sorted."""
     categorical = pd.Categorical(values)
-    return np.asarray(categorical.codes), [str(c) for c in categorical.categories]
+    names = [str(c) for c in categorical.categories]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        msg = (
+            f"adata.obs[{values.name!r}] has different values that read the same: {listing(twice)} (numbers beside "
+            "strings?). Convert the column to strings, or tell them apart."
+        )
+        raise ValueError(msg)
+    return np.asarray(categorical.codes), names
 
 
 def used_categories(obs: pd.DataFrame, key: str) -> tuple[str, ...]:

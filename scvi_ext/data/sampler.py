@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from scvi_ext._errors import number
+
 _SPLIT, _ORDER = 0, 1  # streams of one seed that must not coincide
 
 
@@ -28,11 +30,11 @@ def split_cells(
     ValueError
         If the shares are impossible, or leave fewer than three training cells.
     """
-    if not 0 < train_size <= 1:
+    if not 0 < number("train_size", train_size) <= 1:
         msg = f"train_size={train_size} is a share of the cells: it must be above 0 and at most 1."
         raise ValueError(msg)
     rest = 1 - train_size
-    if validation_size is not None and not 0 <= validation_size <= rest + 1e-9:
+    if validation_size is not None and not 0 <= number("validation_size", validation_size) <= rest + 1e-9:
         msg = f"validation_size={validation_size} does not fit: train_size={train_size} leaves {rest:.3g} of the cells."
         raise ValueError(msg)
     n_train = math.ceil(round(train_size * n_cells, 6))

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scvi_ext._errors import listing, missing_key
+from scvi_ext.data.audit import LARGEST_EXACT
 from scvi_ext.data.matrix import counts_matrix, read_all, read_rows, row_chunks
 from scvi_ext.data.registry import codes, column
 
@@ -238,6 +239,8 @@ class CellStore:
         )
         matrix = counts_matrix(adata, registry.layer)
         counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
+        if registry.audit == "clean":
+            _check_still_counts(counts, registry, obs.index, adata.var_names)
         if genes is not None:
             counts = counts[:, genes]
             counts.sort_indices()
@@ -290,6 +293,22 @@ class CellStore:
             cells[start : start + chunk.shape[0]] = np.asarray(chunk.sum(axis=1)).ravel()
             genes += np.asarray(chunk.sum(axis=0)).ravel()
         return cells, genes
+
+
+def _check_still_counts(counts: sp.csr_matrix, registry: Registry, cells: pd.Index, genes: pd.Index) -> None:
+    """Raise a ValueError if counts that were raw when they were registered are not so any more."""
+    values = counts.data
+    bad = ~((values == np.rint(values)) & (values >= 0) & (values <= LARGEST_EXACT))
+    if bad.any():
+        first = int(np.argmax(bad))
+        row = int(np.searchsorted(counts.indptr, first, side="right") - 1)
+        slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
+        msg = (
+            f"{slot} holds {bad.sum()} entries that are no counts, first {values[first]:.6g} in cell {cells[row]!r}, "
+            f"gene {genes[counts.indices[first]]!r}, and it held raw counts when it was set up: has it been normalised "
+            "since? Keep the counts in a layer, and register that: pp.setup_anndata(adata, layer='counts', ...)."
+        )
+        raise ValueError(msg)
 
 
 def _labels(obs: pd.DataFrame, registry: Registry) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from scvi_ext._settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_GENERATORS = threading.RLock()
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -39,7 +42,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators start from ``seed``; outside, they are as if nothing had happened."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """Inside, torch's generators start from ``seed``; outside, they are as if nothing had happened.
+
+    The generators belong to the whole process, so only one thread at a time can be inside.
+    """
+    with _GENERATORS, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

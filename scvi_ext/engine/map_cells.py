@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from scvi_ext._errors import whole_number
 from scvi_ext._settings import settings
 from scvi_ext.data.blocks import Block
 
@@ -67,9 +68,8 @@ def map_cells(
     module.to(device).eval()
     if batch_size is None:
         batch_size = max(1, min(settings.batch_size, _FLOATS // max(store.n_genes, floats_per_cell, 1)))
-    elif batch_size < 1:
-        msg = f"batch_size={batch_size} must be 1 or more."
-        raise ValueError(msg)
+    else:
+        whole_number("batch_size", batch_size, 1)
     draws = Draws(seed, device)
     for first in range(0, store.n_cells, _BLOCK_CELLS):
         stop = min(first + _BLOCK_CELLS, store.n_cells)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from scvi_ext._errors import one_of
+from scvi_ext._errors import number, one_of, whole_number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PLANS = ("auto", "scvi-tools")
 
@@ -81,13 +85,17 @@ def make_plan(
         Override the plan; ``kl_warmup`` is a share of the planned steps.
     """
     one_of("plan", name, PLANS)
-    _check("batch_size", batch_size, batch_size >= 3, "a number of cells, 3 or more (batch normalisation needs a few)")
-    _check("max_epochs", max_epochs, max_epochs is None or max_epochs >= 1, "1 or more")
-    _check("lr", lr, lr is None or 0 < lr < math.inf, "positive")
-    _check("kl_warmup", kl_warmup, kl_warmup is None or 0 <= kl_warmup <= 1, "a share of the steps, from 0 to 1")
-    _check("weight_decay", weight_decay, weight_decay is None or 0 <= weight_decay < math.inf, "0 or more")
+    if whole_number("batch_size", batch_size, 1) < 3:
+        msg = f"batch_size={batch_size!r} must be 3 or more: batch normalisation needs a few cells."
+        raise ValueError(msg)
+    if max_epochs is not None:
+        whole_number("max_epochs", max_epochs, 1)
+    _check("lr", lr, lambda value: 0 < value < math.inf, "positive and finite")
+    _check("kl_warmup", kl_warmup, lambda value: 0 <= value <= 1, "a share of the steps, from 0 to 1")
+    _check("weight_decay", weight_decay, lambda value: 0 <= value < math.inf, "0 or more, and finite")
     batch_size = min(batch_size, n_train)
     steps_per_epoch = math.ceil(n_train / batch_size)
+    by_epoch = name == "scvi-tools" and kl_warmup is None
     if name == "auto":
         n_epochs = max_epochs or auto_epochs(n_train, batch_size)
         warmup = math.ceil((0.5 if kl_warmup is None else kl_warmup) * n_epochs * steps_per_epoch)
@@ -104,8 +112,8 @@ def make_plan(
         lr=lr or default_lr,
         one_cycle=name == "auto",
         # A warm-up of all steps would leave the last one just below 1.
-        kl_warmup_steps=min(warmup, max(n_epochs * steps_per_epoch - 1, 0)) if kl_warmup is not None else warmup,
-        kl_by_epoch=name == "scvi-tools" and kl_warmup is None,
+        kl_warmup_steps=warmup if by_epoch else min(warmup, n_epochs * steps_per_epoch - 1),
+        kl_by_epoch=by_epoch,
         weight_decay=1e-6 if weight_decay is None else weight_decay,
         patience=patience,
     )
@@ -118,10 +126,10 @@ def auto_epochs(n_train: int, batch_size: int) -> int:
     types worse; see the page on training.
     """
     steps_per_epoch = math.ceil(n_train / batch_size)
-    return max(4, math.ceil(8 * math.sqrt(n_train) / steps_per_epoch))
+    return max(4, math.ceil(12 * math.sqrt(n_train) / steps_per_epoch))
 
 
-def _check(name: str, value: object, good: bool, expected: str) -> None:
-    if not good:
+def _check(name: str, value: float | None, good: Callable[[float], bool], expected: str) -> None:
+    if value is not None and not good(number(name, value)):
         msg = f"{name}={value!r} must be {expected}."
         raise ValueError(msg)

@@ -28,6 +28,9 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     _check_state(fit, registry)
     if adata is None:
         return fit
+    if fit.key in read_root(adata).get(UNS.fits, {}):
+        msg = f"adata already has a fit {fit.key!r}: read this one under another name, key_added=..."
+        raise ValueError(msg)
     check_fit_matches_setup(fit, adata)
     _check_genes(fit, adata)
     _check_slots(registry, adata)

@@ -38,7 +38,7 @@ def read_model(
         Annotated data to put the model into: new cells, with all genes of the model in any order, and the columns it
         was set up with.
     key_added
-        Name of the fit; by default the one it was written under. A fit of this name in ``adata`` is replaced.
+        Name of the fit; by default the one it was written under. ``adata`` must not have a fit of this name.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def read_model(
     >>> new_cells.obsm["X_scvi"].shape
     (100, 10)
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     missing = [name for name in (DOCUMENT, ARRAYS) if not (folder / name).is_file()]
     if missing:
         msg = f"{str(folder)!r} is not a folder that write_model wrote: {listing(missing)} missing."

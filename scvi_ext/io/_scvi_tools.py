@@ -65,7 +65,7 @@ def read_scvi_tools(
     prefix
         The ``prefix`` that was given to ``model.save``.
     key_added
-        Name of the fit; by default that of the model. A fit of this name in ``adata`` is replaced.
+        Name of the fit; by default that of the model. ``adata`` must not have a fit of this name.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def read_scvi_tools(
     ----------
     Gayoso et al. (2022), A Python library for probabilistic analysis of single-cell omics data, Nature Biotechnology.
     """
-    file = _model_file(Path(path), prefix)
+    file = _model_file(Path(path).expanduser(), prefix)
     content = read_torch_archive(file)
     try:
         fit = _translate(content, file)

@@ -65,7 +65,7 @@ def write_model(adata: AnnData, path: str | os.PathLike, key: str | None = None,
     'scvi'
     """
     fit = read_fit(adata, key)
-    target = Path(path)
+    target = Path(path).expanduser()
     _check_target(target, overwrite)
     arrays, document = to_folder(fit)
     content = save(arrays)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 
 from scvi_ext import get
-from scvi_ext._errors import one_of
+from scvi_ext._errors import listing, one_of
 from scvi_ext.pl._finish import finish
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ def history(
     one_of("metric", metric, [*_LABELS, "kl_weight", "lr", "cells_per_second"])
     if table.empty:
         msg = "There is no epoch to draw: the fit was interrupted in its first one. Go on with resume=True."
+        raise ValueError(msg)
+    if not any(name in table for name in (metric, f"{metric}_train", f"{metric}_validation")):
+        msg = f"The history of this fit has no {metric!r}; it has: {listing(table.columns, 20)}."
         raise ValueError(msg)
     curves = {name: table[f"{metric}_{name}"] for name in ("train", "validation") if f"{metric}_{name}" in table} or {
         None: table[metric]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,11 +154,11 @@ def setup_anndata(
         size_factors(obs, size_factor_key)
 
     audits = _audits(adata, registry)
-    _report(audits, check)
+    clean = _report(audits, check)
     _warn_small_batches(obs, registry)
 
     adata = adata.copy() if copy else adata
-    results.write_setup(adata, registry.to_uns())
+    results.write_setup(adata, replace(registry, audit="clean" if clean else None).to_uns())
     _log(adata, registry)
     return adata if copy else None
 
@@ -284,13 +285,15 @@ def _audits(adata: AnnData, registry: Registry) -> dict[str, CountAudit]:
     return audits
 
 
-def _report(audits: dict[str, CountAudit], check: str) -> None:
+def _report(audits: dict[str, CountAudit], check: str) -> bool:
+    """Raise or warn about what is wrong, and say whether nothing is."""
     problems = [f"{slot}: {problem}" for slot, audit in audits.items() for problem in audit.problems()]
     if problems and check == "error":
         raise ValueError("These are not raw counts.\n- " + "\n- ".join(problems))
     remarks = [f"{slot}: {remark}" for slot, audit in audits.items() for remark in audit.remarks()]
     for message in problems + remarks:
         warnings.warn(message, ScviExtWarning, stacklevel=3)
+    return not problems
 
 
 def _warn_small_batches(obs: pd.DataFrame, registry: Registry) -> None:

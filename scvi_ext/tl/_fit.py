@@ -12,10 +12,10 @@ from scanpy import logging as logg
 
 from scvi_ext import models, results
 from scvi_ext._contract import SavedFit
-from scvi_ext._errors import ScviExtWarning, listing, unknown_keyword
+from scvi_ext._errors import ScviExtWarning, listing, number, unknown_keyword, whole_number
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext._settings import settings
-from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit, read_setup
+from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit, read_root, read_setup
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import CellStore
 from scvi_ext.engine import fit as engine
@@ -74,9 +74,9 @@ def fit(
     """Train a model on the counts, and keep it inside ``adata``.
 
     Reads what :func:`~scvi_ext.pp.setup_anndata` registered. Logs the plan (epochs, steps, final KL weight, predicted
-    time) at
-    verbosity info before it starts and shows a progress bar. Ctrl-C stops after the step under way: what has been
-    trained is kept, can be used, and can be continued with ``resume=True``.
+    time) at verbosity info before it starts, and shows a progress bar. Ctrl-C stops after the step under way: what has
+    been trained is kept, can be used, and can be continued with ``resume=True``. Where a finished fit has that name
+    already, it stays, and the interrupted one is called ``"<key_added>_interrupted"``.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def fit(
             },
             split={"train_size": train_size, "validation_size": validation_size},
             early_stopping=early_stopping,
-            seed=_valid_seed(settings.seed if seed is None else seed),
+            seed=whole_number("seed", settings.seed if seed is None else seed, 0),
             checkpoint=checkpoint,
         )
         resumed_from = None
@@ -202,6 +202,8 @@ def fit(
         )
 
     interrupted = done.stop_reason == "interrupted"
+    if interrupted and not resume and _is_finished(adata, fitted.key):
+        fitted = replace(fitted, key=f"{fitted.key}_interrupted")  # what was complete is not given up for it
     fitted = replace(
         fitted,
         state=module_arrays(module),
@@ -312,7 +314,23 @@ def _config(spec: ModelSpec, registry: Registry, model_params: dict) -> Any:
             raise unknown_keyword(f"tl.fit(model={spec.name!r})", name, [*own, *valid], _RENAMED.get(name))
     if registry.size_factor_key is not None and "library" in valid:
         model_params = {"library": "size_factor"} | model_params
+    for field in fields(spec.config):
+        if field.name in model_params:
+            _check_type(field.name, model_params[field.name], field.default)
     return spec.config(**model_params)
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raise a TypeError unless ``value`` is of the kind of the option's default."""
+    if isinstance(default, bool | str):
+        if not isinstance(value, type(default)):
+            expected = "True or False" if isinstance(default, bool) else "a name"
+            msg = f"{name}={value!r} is a {type(value).__name__}; {expected} is needed."
+            raise TypeError(msg)
+    elif isinstance(default, int):
+        whole_number(name, value, 1)
+    else:
+        number(name, value)
 
 
 def _check_needs(registry: Registry, needed: frozenset[str], model: str) -> None:
@@ -324,13 +342,6 @@ def _check_needs(registry: Registry, needed: frozenset[str], model: str) -> None
                 f"pp.setup_anndata(adata, {keys[column]}=...)."
             )
             raise ValueError(msg)
-
-
-def _valid_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63 - 1:
-        msg = f"seed={seed!r} must be a whole number, 0 or more."
-        raise ValueError(msg)
-    return int(seed)
 
 
 def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int | None:
@@ -364,6 +375,11 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _is_finished(adata: AnnData, key: str) -> bool:
+    fits = read_root(adata).get(UNS.fits, {})
+    return key in fits and read_fit(adata, key).status.get("stop_reason") != "interrupted"
 
 
 def _history(done: Progress) -> pd.DataFrame:

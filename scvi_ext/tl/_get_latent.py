@@ -6,6 +6,7 @@ import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
+from scvi_ext._errors import whole_number
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.sampling import sample_normal
 
@@ -88,11 +89,10 @@ def get_latent(
     if return_dist and not give_mean:
         msg = "give_mean=False asks for a sample and return_dist=True for the distribution: choose one."
         raise ValueError(msg)
-    if mc_samples < 1:
-        msg = f"mc_samples={mc_samples} must be 1 or more."
-        raise ValueError(msg)
+    whole_number("mc_samples", mc_samples, 1)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices, decodes=False)
+    slot = fitted.slot("obsm", fitted.keys.latent, key_added)
     module = fitted.module
     logistic = module.latent_distribution == "ln"
     n_draws = mc_samples if logistic and give_mean and not return_dist else 1
@@ -110,7 +110,6 @@ def get_latent(
     start = logg.info(f"computing the latent representation of fit {fitted.fit.key!r}")
     floats = n_draws * module.n_latent
     parts = [values for _, values in fitted.map(represent, batch_size=batch_size, seed=seed, floats_per_cell=floats)]
-    slot = fitted.keys.latent if key_added is None else key_added
     names = [slot, fitted.keys.latent_var if key_added is None else f"{key_added}_var"]
     written = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     for name, values in zip(names, written, strict=False):

@@ -68,6 +68,7 @@ def get_library_size(
     """
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices, decodes=False)
+    slot = fitted.slot("obs", fitted.keys.library_size, key_added)
     module = fitted.module
 
     def library_size(cells: Minibatch, draws: Draws) -> np.ndarray:
@@ -77,7 +78,6 @@ def get_library_size(
 
     start = logg.info(f"computing library sizes from fit {fitted.fit.key!r}")
     values = np.concatenate([part for _, part in fitted.map(library_size, batch_size=batch_size, seed=0)])
-    slot = fitted.keys.library_size if key_added is None else key_added
     results.write_obs(adata, slot, values, fitted.rows)
     logg.info("    finished", time=start, deep=f"added\n    {slot!r}, library size (adata.obs)")
     return adata if copy else None

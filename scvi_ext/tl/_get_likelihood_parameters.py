@@ -6,6 +6,7 @@ import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
+from scvi_ext._errors import whole_number
 from scvi_ext.fitted import Fitted
 
 if TYPE_CHECKING:
@@ -73,9 +74,7 @@ def get_likelihood_parameters(
     >>> sorted(adata.layers), adata.var["scvi_dispersion"].shape
     (['scvi_dropout', 'scvi_mean'], (765,))
     """
-    if n_samples < 1:
-        msg = f"n_samples={n_samples} must be 1 or more."
-        raise ValueError(msg)
+    whole_number("n_samples", n_samples, 1)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)
     module = fitted.module

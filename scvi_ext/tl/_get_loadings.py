@@ -6,7 +6,7 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._contract import Capability
-from scvi_ext._keys import FitKeys
+from scvi_ext._keys import FitKeys, valid_key
 from scvi_ext.fitted import load_module, require
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def get_loadings(
     adata = adata.copy() if copy else adata
     fit, _, _, module = load_module(adata, key)
     require(Capability.LOADINGS, fit, "tl.get_loadings")
-    slot = FitKeys(fit.key).loadings if key_added is None else key_added
+    slot = FitKeys(fit.key).loadings if key_added is None else valid_key(key_added)
     columns = adata.var_names.get_indexer(fit.var_names)
     present = columns >= 0
     results.write_varm(adata, slot, module.get_loadings().numpy()[present], columns[present])

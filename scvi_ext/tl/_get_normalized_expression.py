@@ -7,7 +7,7 @@ import torch
 from scanpy import logging as logg
 
 from scvi_ext import results
-from scvi_ext._errors import one_of
+from scvi_ext._errors import number, one_of, whole_number
 from scvi_ext.fitted import Fitted, in_batch
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def get_normalized_expression(
     ----------
     Lopez et al. (2018), Nature Methods 15, 1053; importance weights: Boyeau et al. (2023), PNAS 120, e2209124120.
     """
-    if n_samples < 1:
-        msg = f"n_samples={n_samples} must be 1 or more."
-        raise ValueError(msg)
+    whole_number("n_samples", n_samples, 1)
     if weights is not None:
         one_of("weights", weights, ["importance"])
     if weights is not None and (n_samples == 1 or not return_mean):
@@ -116,11 +114,13 @@ def get_normalized_expression(
     latent_library = isinstance(library_size, str)
     if latent_library:
         one_of("library_size", library_size, ["latent"])
-    elif not 0 < library_size < np.inf:
+    elif not 0 < number("library_size", library_size) < np.inf:
         msg = f"library_size={library_size} must be positive, or 'latent'."
         raise ValueError(msg)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)
+    place = "layers" if gene_list is None else "obsm"
+    slot = fitted.slot(place, fitted.keys.normalized, key_added)
     module = fitted.module
     batches = fitted.batch_codes(transform_batch)
     genes = fitted.gene_positions(gene_list)
@@ -153,14 +153,11 @@ def get_normalized_expression(
     options = {"batch_size": batch_size, "seed": seed, "floats_per_cell": n_samples * module.n_noise}
     if not return_mean:
         return np.concatenate([values for _, values in fitted.map(samples, **options)], axis=1)
-    slot = fitted.keys.normalized if key_added is None else key_added
     blocks = fitted.map(mean, **options)
     if genes is None:
         results.write_layers(adata, [slot], blocks, fitted.rows, fitted.columns)
-        place = "adata.layers"
     else:
         values = np.concatenate([block for _, (block,) in blocks])
         results.write_obsm(adata, slot, values, fitted.rows, names=[fitted.fit.var_names[i] for i in genes])
-        place = "adata.obsm"
-    logg.info("    finished", time=start, deep=f"added\n    {slot!r}, normalised expression ({place})")
+    logg.info("    finished", time=start, deep=f"added\n    {slot!r}, normalised expression (adata.{place})")
     return adata if copy else None

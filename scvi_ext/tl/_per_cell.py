@@ -8,6 +8,7 @@ import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
+from scvi_ext._errors import whole_number
 from scvi_ext.fitted import Fitted
 
 if TYPE_CHECKING:
@@ -38,14 +39,13 @@ def per_cell(
 
     ``name`` is the attribute of :class:`~scvi_ext._keys.FitKeys` that names the slot.
     """
-    if n_samples < 1:
-        msg = f"The number of samples is {n_samples}; it must be 1 or more."
-        raise ValueError(msg)
+    whole_number("The number of samples", n_samples, 1)
     if return_mean and (copy or key_added is not None):
         msg = "return_mean=True writes nothing: leave out copy and key_added, or ask for return_mean=False."
         raise ValueError(msg)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)
+    slot = fitted.slot("obs", getattr(fitted.keys, name), key_added)
     module = fitted.module
 
     def values_of(cells: Minibatch, draws: Draws) -> np.ndarray:
@@ -59,7 +59,6 @@ def per_cell(
     if return_mean:
         logg.info("    finished", time=start)
         return float(values.mean())
-    slot = getattr(fitted.keys, name) if key_added is None else key_added
     results.write_obs(adata, slot, values, fitted.rows)
     logg.info("    finished", time=start, deep=f"added\n    {slot!r}, {what} in nats (adata.obs)")
     return adata if copy else None

@@ -232,7 +232,6 @@ def test_codes_are_positions_in_the_given_categories(values):
         ([True, False, True], ("False", "True")),
         ([2.0, 10.0, 2.0], ("2.0", "10.0")),
         (pd.Categorical(["z", "a"], categories=["z", "never", "a"]), ("z", "a")),
-        ([1, "1", "a"], ("1", "a")),
     ],
 )
 def test_used_categories_keep_order_and_drop_unused(values, categories):
@@ -261,3 +260,15 @@ def test_codes_lists_unknown_and_known_categories():
 def test_codes_without_the_column():
     with pytest.raises(KeyError, match=r"'donr' is not in adata\.obs, which has: 'donor'.*Did you mean 'donor'"):
         codes(pd.DataFrame({"donor": ["a"]}), "donr", ["a"])
+
+
+def test_values_that_read_the_same_are_refused():
+    obs = pd.DataFrame({"batch": pd.Series([1, "1", "a"], dtype=object)})
+    with pytest.raises(ValueError, match=r"adata\.obs\['batch'\] has different values that read the same: '1'"):
+        used_categories(obs, "batch")
+
+
+def test_two_columns_of_one_name_are_refused():
+    obs = pd.DataFrame([["a", "b"]], columns=["batch", "batch"])
+    with pytest.raises(ValueError, match="2 columns called 'batch'"):
+        used_categories(obs, "batch")

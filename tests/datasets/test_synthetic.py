@@ -59,13 +59,13 @@ def test_layout(generate):
 
 @each
 def test_seed_decides_everything_and_the_global_generator_is_left_alone(generate, assert_same):
-    before = np.random.get_state()  # noqa: NPY002
+    before = np.random.get_state()
     first = generate(seed=3)
-    after = np.random.get_state()  # noqa: NPY002
+    after = np.random.get_state()
     np.testing.assert_array_equal(after[1], before[1])
     assert after[2:] == before[2:]
 
-    np.random.random()  # noqa: NPY002
+    np.random.random()
     again, other = generate(seed=3), generate(seed=4)
     assert_same(again, first)
     assert (other.X.toarray()[:100] != first.X.toarray()[:100]).mean() > 0.1

@@ -94,15 +94,15 @@ def test_a_batch_is_never_larger_than_the_training_cells():
     ("options", "message"),
     [
         ({"name": "fast"}, r"plan='fast' is not one of 'auto', 'scvi-tools'\."),
-        ({"batch_size": 2}, r"batch_size=2 must be a number of cells, 3 or more"),
+        ({"batch_size": 2}, r"batch_size=2 must be 3 or more: batch normalisation"),
         ({"max_epochs": 0}, r"max_epochs=0 must be 1 or more\."),
         ({"max_epochs": -1}, r"max_epochs=-1 must be 1 or more\."),
-        ({"lr": 0}, r"lr=0 must be positive\."),
-        ({"lr": math.inf}, r"lr=inf must be positive\."),
-        ({"lr": math.nan}, r"lr=nan must be positive\."),
+        ({"lr": 0}, r"lr=0 must be positive and finite"),
+        ({"lr": math.inf}, r"lr=inf must be positive and finite"),
+        ({"lr": math.nan}, r"lr=nan must be positive and finite"),
         ({"kl_warmup": 1.5}, r"kl_warmup=1.5 must be a share of the steps, from 0 to 1\."),
         ({"kl_warmup": -0.1}, r"kl_warmup=-0.1 must be a share of the steps"),
-        ({"weight_decay": -1}, r"weight_decay=-1 must be 0 or more\."),
+        ({"weight_decay": -1}, r"weight_decay=-1 must be 0 or more, and finite"),
     ],
 )
 def test_impossible_values_are_refused(options, message):

@@ -74,6 +74,7 @@ EVERYTHING = {
     "protein_obsm_key": "protein",
 }
 REGISTERED = Registry(
+    audit="clean",
     layer="counts",
     batch_key="donor",
     labels_key="cell_type",
@@ -105,7 +106,7 @@ def test_everything_is_registered(adata):
 
 def test_nothing_but_counts(adata):
     setup_anndata(adata)
-    assert read_setup(adata) == Registry()
+    assert read_setup(adata) == Registry(audit="clean")
 
 
 def test_only_uns_is_written(adata):
@@ -139,7 +140,7 @@ def test_copy_leaves_the_original_alone(adata):
 def test_again_replaces(adata):
     setup_anndata(adata, **EVERYTHING)
     setup_anndata(adata, batch_key="sex")
-    assert read_setup(adata) == Registry(batch_key="sex", batch_categories=("f", "m"))
+    assert read_setup(adata) == Registry(batch_key="sex", batch_categories=("f", "m"), audit="clean")
 
 
 def test_again_names_the_fits_that_no_longer_match(adata, log):
