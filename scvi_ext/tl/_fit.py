@@ -254,7 +254,10 @@ def _prepare(
     # By name, so that genes that share one are refused here and not when the fit is used.
     store = CellStore.from_adata(adata, registry, var_names=adata.var_names, columns=needed | ALWAYS_READ)
     if "labels" in needed and (store.labels < 0).any():
-        msg = f"{(store.labels < 0).sum()} cells have no label, and dispersion='gene-label' needs one for every cell."
+        msg = (
+            f"{(store.labels < 0).sum()} of {store.n_cells} cells have no label, and dispersion='gene-label' needs one "
+            "for every cell: leave these cells out, or take another dispersion."
+        )
         raise ValueError(msg)
     with seeded(seed, resolve_device("cpu")):
         module = models.build(spec, config, store.summary(registry))

@@ -170,3 +170,8 @@ def test_the_latent_space_is_drawn_by_scanpy_itself(fitted):
     axes = sc.pl.embedding(fitted, basis="scvi", color="cell_type", show=False)
     assert axes.get_xlabel() == "scvi1"
     assert len(axes.collections[0].get_offsets()) == 201
+
+
+def test_a_file_name_is_asked_for_by_name(fitted, plot):
+    with pytest.raises(TypeError, match=r"save=True must be the name of a file"):
+        plot(fitted, save=True)
