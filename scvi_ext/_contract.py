@@ -47,7 +47,7 @@ class Expression(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The negative ELBO of a minibatch, whole and in parts. Slots as in the seed: unweighted, warmed up, global."""
+    """The negative ELBO of a minibatch, whole and in parts."""
 
     total: Tensor  # () what the optimiser minimises, at the current KL weight
     reconstruction: Tensor  # (B,) -log p(x | z)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(slots=True)  # a misspelled setting is an error, not a new attribute
 class Settings:
     """Defaults that a function uses where its own argument is ``None`` (or ``device="auto"``).
 

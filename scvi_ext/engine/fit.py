@@ -123,7 +123,8 @@ def fit(
     validation = np.setdiff1d(validation, progress.excluded)
     with deferred_interrupt() as interrupt, _bar(plan, progress.step, show_progress) as bar:
         while progress.step < plan.n_steps and not progress.stop_reason:
-            epoch, first = divmod(progress.step, plan.steps_per_epoch)
+            start = progress.step
+            epoch, first = divmod(start, plan.steps_per_epoch)
             order = block.rows(epoch_order(train, (plan.steps_per_epoch, plan.batch_size), seed, epoch))
             snapshot, sums_before = Snapshot(module, optimizer), sums.clone()
             started = time.perf_counter()
@@ -140,6 +141,10 @@ def fit(
                 if interrupt.requested:
                     break
             if interrupt.requested and progress.step % plan.steps_per_epoch:
+                if not (sums.isfinite().all() and _all_finite(module)):  # the guard looks when an epoch ends: too late
+                    snapshot.restore()
+                    progress.step = start
+                    sums.copy_(sums_before)
                 progress.stop_reason = "interrupted"
                 break
 
@@ -150,7 +155,7 @@ def fit(
             seconds = time.perf_counter() - started
             if not np.isfinite(row).all() or not row[-1]:
                 _roll_back(module, store, block, snapshot, progress, np.concatenate([train, validation]), epoch)
-                progress.step = bar.n = epoch * plan.steps_per_epoch + first
+                progress.step = bar.n = start
                 sums.copy_(sums_before)
                 train = np.setdiff1d(train, progress.excluded)
                 validation = np.setdiff1d(validation, progress.excluded)

@@ -102,3 +102,18 @@ def test_an_interrupted_fit_replaces_nothing_but_its_own_key(fitted, at_training
         sx.tl.fit(fitted, key_added="second", **RUN)
     assert set(sx.get.fits(fitted).index) == {"ldvae", "scvi", "second"}
     assert fitted.uns["scvi_ext"]["fits"]["scvi"]["state"] is before
+
+
+@pytest.mark.parametrize(("nan", "steps"), [(2, 0), (6, 4)], ids=["in the first epoch", "in the second epoch"])
+def test_an_interrupt_after_a_loss_that_was_not_finite_keeps_the_last_good_state(
+    registered, at_training_step, nan, steps
+):
+    at_training_step({nan: lambda module, loss: loss._replace(total=loss.total * np.nan), nan + 1: press_ctrl_c})
+    with pytest.raises(KeyboardInterrupt):
+        sx.tl.fit(registered, **RUN)
+    for stop_reason, n_steps in (("interrupted", steps), ("finished", 16)):
+        fit = registered.uns["scvi_ext"]["fits"]["scvi"]
+        assert all(np.isfinite(array).all() for array in fit["state"].values())
+        assert (fit["status"]["stop_reason"], fit["status"]["steps"]) == (stop_reason, n_steps)
+        if stop_reason == "interrupted":
+            sx.tl.fit(registered, resume=True)

@@ -111,3 +111,8 @@ def test_an_interrupted_refit_leaves_the_finished_fit(fitted, monkeypatch):
     assert fitted.uns["scvi_ext"]["fits"]["scvi"] is finished
     sx.tl.fit(fitted, key_added="scvi_interrupted", resume=True)
     assert sx.get.fits(fitted).loc["scvi_interrupted", "stop_reason"] == "finished"
+
+
+def test_a_misspelled_setting_is_refused():
+    with pytest.raises(AttributeError, match="sede"):
+        sx.settings.sede = 3
