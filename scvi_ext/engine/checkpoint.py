@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,13 +37,12 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Copy everything back; optimiser state that did not exist yet is cleared."""
-        live = self._live()
-        if len(live) > len(self.tensors):
-            self.optimizer.state.clear()
-            live = self._live()
-        for tensor, saved in zip(live, self.tensors, strict=True):
-            tensor.copy_(saved)
+        """Copy everything back, into the same memory; optimiser state that did not exist yet starts from zero."""
+        for tensor, saved in zip_longest(self._live(), self.tensors):
+            if saved is None:
+                tensor.zero_()
+            else:
+                tensor.copy_(saved)
 
 
 def optimizer_arrays(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
+from scvi_ext._errors import one_of
 from scvi_ext._settings import settings
 
 if TYPE_CHECKING:
@@ -49,3 +50,47 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with _GENERATORS, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+PRECISIONS = ("float32", "bf16")
+
+
+def check_precision(precision: str, device: torch.device) -> str:
+    """``precision``, if it is one that the device computes with.
+
+    Raises
+    ------
+    ValueError
+        If it is unknown, or the device has no bfloat16 arithmetic.
+    """
+    one_of("precision", precision, PRECISIONS)
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if precision == "bf16" and not able:
+        msg = f"precision='bf16' was asked for, and {device} has no bfloat16 arithmetic: use precision='float32'."
+        raise ValueError(msg)
+    return precision
+
+
+@contextmanager
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """Inside, matrix products take the inputs that a training run with this precision allows.
+
+    float32 allows TF32 on CUDA (10 bits of mantissa in the inputs of a product, float32 everywhere else), bf16 takes
+    bfloat16 inputs (7 bits). Sums, parameters and likelihoods are float32 in any case.
+    """
+    products = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    allowed = "tf32" if device.type == "cuda" else "bf16" if precision == "bf16" else products.fp32_precision
+    before = products.fp32_precision
+    products.fp32_precision = allowed
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """On CUDA with bf16, layers in bfloat16; the processor's products need no cast, see :func:`arithmetic`."""
+    if device.type == "cuda" and precision == "bf16":
+        # A cast that was cached while a graph was captured would not be made again when it is replayed.
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    return nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 import warnings
@@ -24,22 +23,21 @@ from scvi_ext.engine.checkpoint import (
     module_arrays,
     optimizer_arrays,
 )
+from scvi_ext.engine.device import arithmetic
+from scvi_ext.engine.graph import make_runner
 from scvi_ext.engine.guard import MAX_ROLLBACKS, NonFiniteEvent, find_culprits
 from scvi_ext.engine.interrupt import deferred_interrupt
+from scvi_ext.engine.step import PARTS, TrainingStep, sums_of_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import nn
 
-    from scvi_ext._contract import Loss
     from scvi_ext.data.store import CellStore
     from scvi_ext.engine.plan import Plan
 
-# Epsilon of Adam in every release of scVI; with the usual 1e-8 the held-out ELBO of the one-cycle plan is worse.
-_ADAM_EPS = 0.01
 _VALIDATION_CELLS = 1024  # per forward pass
-_PARTS = ("elbo", "reconstruction_loss", "kl_z", "kl_library")
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Progress:
 
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    sums: list[float] = field(default_factory=lambda: [0.0] * (len(_PARTS) + 1))  # of the epoch under way
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))  # of the epoch under way
     lr_factor: float = 1.0  # lowered by the guard
     events: list[NonFiniteEvent] = field(default_factory=list)
     excluded: list[int] = field(default_factory=list)  # cells without a finite loss
@@ -68,10 +66,11 @@ def fit(
     validation: np.ndarray,
     seed: int,
     device: torch.device,
+    precision: str = "float32",
     patience: int | None = None,
     resume: Mapping[str, np.ndarray] | None = None,
     show_progress: bool | None = None,
-    announce: Callable[[float], None] = lambda seconds: None,
+    announce: Callable[[float, str], None] = lambda seconds, how: None,
 ) -> tuple[Progress, dict[str, np.ndarray]]:
     """Train ``module`` in place.
 
@@ -87,6 +86,8 @@ def fit(
         Of the order of the cells.
     device
         Where.
+    precision
+        ``"float32"`` or ``"bf16"``, see :func:`~scvi_ext.engine.device.arithmetic`.
     patience
         Epochs without a better held-out ELBO after which to stop; None trains to the end. With a number, the best
         state is the one that remains.
@@ -95,7 +96,7 @@ def fit(
     show_progress
         Whether to show a bar; None shows it where somebody can see it.
     announce
-        Called once with the predicted seconds.
+        Called once with the predicted seconds, and how a step is carried out where there is something to say.
 
     Returns
     -------
@@ -103,94 +104,94 @@ def fit(
     """
     module.to(device).train()
     block = Block(store, device)
-    lr = torch.tensor(plan.lr, device=device)
-    kl_weight = torch.zeros((), device=device)
-    optimizer = torch.optim.Adam(
-        module.parameters(),
-        lr=lr,
-        eps=_ADAM_EPS,
-        weight_decay=plan.weight_decay,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
+    step = TrainingStep(module, block, plan, precision)
     progress = Progress()
     if resume is not None:
-        progress = load_checkpoint(module, optimizer, device, resume)
-    announce(_predict_seconds(module, block, plan, train, validation, progress.step))
-
-    sums = torch.tensor(progress.sums, device=device, dtype=torch.float64)
-    train = np.setdiff1d(train, progress.excluded)
-    validation = np.setdiff1d(validation, progress.excluded)
-    with deferred_interrupt() as interrupt, _bar(plan, progress.step, show_progress) as bar:
-        while progress.step < plan.n_steps and not progress.stop_reason:
-            start = progress.step
-            epoch, first = divmod(start, plan.steps_per_epoch)
-            order = block.rows(epoch_order(train, (plan.steps_per_epoch, plan.batch_size), seed, epoch))
-            snapshot, sums_before = Snapshot(module, optimizer), sums.clone()
-            started = time.perf_counter()
-            for rows in order[first:]:
-                lr.fill_(plan.lr_at(progress.step) * progress.lr_factor)
-                kl_weight.fill_(plan.kl_weight_at(progress.step))
-                loss = module.loss(block.minibatch(rows), kl_weight=kl_weight)
-                optimizer.zero_grad(set_to_none=True)
-                loss.total.backward()
-                optimizer.step()
-                sums += _summary(loss)
-                progress.step += 1
-                bar.update()
-                if interrupt.requested:
-                    break
-            if interrupt.requested and progress.step % plan.steps_per_epoch:
-                if not (sums.isfinite().all() and _all_finite(module)):  # the guard looks when an epoch ends: too late
-                    snapshot.restore()
-                    progress.step = start
-                    sums.copy_(sums_before)
-                progress.stop_reason = "interrupted"
-                break
-
-            n_steps = plan.steps_per_epoch - first
-            held_out = _evaluate(module, block, validation, seed, epoch)
-            finite = _all_finite(module)
-            row = torch.cat([sums, held_out, finite]).tolist()  # the one host sync of the epoch
-            seconds = time.perf_counter() - started
-            if not np.isfinite(row).all() or not row[-1]:
-                _roll_back(module, store, block, snapshot, progress, np.concatenate([train, validation]), epoch)
-                progress.step = bar.n = start
-                sums.copy_(sums_before)
-                train = np.setdiff1d(train, progress.excluded)
-                validation = np.setdiff1d(validation, progress.excluded)
-                continue
-            sums.zero_()
-            progress.history.append(
-                _history_row(row, plan, progress, len(validation), n_steps * plan.batch_size / seconds)
-            )
-            bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
-            if patience is not None and len(validation):
-                _remember_best(module, progress, epoch, patience)
-            if interrupt.requested and progress.step < plan.n_steps and not progress.stop_reason:
-                progress.stop_reason = "interrupted"
-        progress.ctrl_c = interrupt.requested
+        progress = load_checkpoint(module, step.optimizer, device, resume)
+        step.sums.copy_(torch.tensor(progress.sums))
+    with arithmetic(device, precision):
+        rehearsed = np.resize(train, (plan.steps_per_epoch, plan.batch_size))
+        step.begin_epoch(rehearsed, _schedule(plan, 0, 1.0), 0)
+        run, how, seconds_per_step = make_runner(step)
+        # A held-out cell costs about a third of a trained one: forward without backward.
+        steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * plan.batch_size * plan.steps_per_epoch))
+        announce(seconds_per_step * steps, how)
+        _train(step, run, plan, progress, store, train, validation, seed, patience, show_progress)
     progress.stop_reason = progress.stop_reason or "finished"
-    progress.sums = sums.tolist()
-    checkpoint = make_checkpoint(module, optimizer, device, progress)
+    progress.sums = step.sums.tolist()
+    checkpoint = make_checkpoint(module, step.optimizer, device, progress)
     if progress.best_state is not None and progress.stop_reason != "interrupted":
         load_module(module, progress.best_state)
     module.eval()
     return progress, checkpoint
 
 
-def _summary(loss: Loss) -> torch.Tensor:
-    """Sums over cells of the parts of the ELBO, and the number of cells, as one tensor on the device."""
-    parts = torch.stack([loss.reconstruction.detach(), loss.kl_z.detach(), loss.kl_library.detach()])  # (3, B)
-    reconstruction, kl_z, kl_library = parts.sum(1, dtype=torch.float64)
-    elbo = -(reconstruction + kl_z + kl_library)
-    return torch.stack([elbo, reconstruction, kl_z, kl_library, torch.full_like(elbo, parts.shape[1])])
+def _train(
+    step: TrainingStep,
+    run: Callable[[int], int],
+    plan: Plan,
+    progress: Progress,
+    store: CellStore,
+    train: np.ndarray,
+    validation: np.ndarray,
+    seed: int,
+    patience: int | None,
+    show_progress: bool | None,
+) -> None:
+    """Carry out what is left of the plan."""
+    module, block = step.module, step.block
+    train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
+    with deferred_interrupt() as interrupt, _bar(plan, progress.step, show_progress) as bar:
+        while progress.step < plan.n_steps and not progress.stop_reason:
+            start = progress.step
+            epoch, first = divmod(start, plan.steps_per_epoch)
+            order = epoch_order(train, (plan.steps_per_epoch, plan.batch_size), seed, epoch)
+            step.begin_epoch(order, _schedule(plan, epoch, progress.lr_factor), first)
+            snapshot, sums_before = Snapshot(module, step.optimizer), step.sums.clone()
+            started = time.perf_counter()
+            end = (epoch + 1) * plan.steps_per_epoch
+            while progress.step < end and not interrupt.requested:
+                done = run(end - progress.step)
+                progress.step += done
+                bar.update(done)
+            if progress.step < end:
+                if not (step.sums.isfinite().all() and _all_finite(module)):  # the guard looks when an epoch ends
+                    snapshot.restore()
+                    progress.step = start
+                    step.sums.copy_(sums_before)
+                progress.stop_reason = "interrupted"
+                break
+
+            held_out = _evaluate(module, block, validation, seed, epoch)
+            row = torch.cat([step.sums, held_out, _all_finite(module)]).tolist()  # the one host sync of the epoch
+            seconds = time.perf_counter() - started
+            if not np.isfinite(row).all() or not row[-1]:
+                _roll_back(module, store, block, snapshot, progress, np.concatenate([train, validation]), epoch)
+                progress.step = bar.n = start
+                step.sums.copy_(sums_before)
+                train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
+                continue
+            step.sums.zero_()
+            rate = (end - start) * plan.batch_size / seconds
+            progress.history.append(_history_row(row, plan, progress, len(validation), rate))
+            bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
+            if patience is not None and len(validation):
+                _remember_best(module, progress, epoch, patience)
+            if interrupt.requested and progress.step < plan.n_steps and not progress.stop_reason:
+                progress.stop_reason = "interrupted"
+        progress.ctrl_c = interrupt.requested
+
+
+def _schedule(plan: Plan, epoch: int, lr_factor: float) -> np.ndarray:
+    """Learning rate and KL weight of the steps of an epoch, shape (steps, 2)."""
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return np.array([(plan.lr_at(i) * lr_factor, plan.kl_weight_at(i)) for i in steps], dtype=np.float32)
 
 
 @torch.no_grad()
 def _evaluate(module: nn.Module, block: Block, rows: np.ndarray, seed: int, epoch: int) -> torch.Tensor:
     """The same sums for held-out cells, in evaluation mode, with draws of their own: training does not notice."""
-    total = torch.zeros(len(_PARTS) + 1, device=block.device, dtype=torch.float64)
+    total = torch.zeros(len(PARTS), device=block.device, dtype=torch.float64)
     if not len(rows):
         return total
     module.eval()
@@ -198,7 +199,7 @@ def _evaluate(module: nn.Module, block: Block, rows: np.ndarray, seed: int, epoc
     with torch.random.fork_rng(devices=[block.device] if block.device.type == "cuda" else []):
         torch.manual_seed(hash((seed, epoch)) % 2**63)
         for i in range(0, len(rows), _VALIDATION_CELLS):
-            total += _summary(module.loss(block.minibatch(positions[i : i + _VALIDATION_CELLS])))
+            total += sums_of_parts(module.loss(block.minibatch(positions[i : i + _VALIDATION_CELLS])))
     module.train()
     return total
 
@@ -211,16 +212,21 @@ def _all_finite(module: nn.Module) -> torch.Tensor:
 def _history_row(
     row: list[float], plan: Plan, progress: Progress, n_validation: int, cells_per_second: float
 ) -> dict[str, float]:
-    n = len(_PARTS)
     last = progress.step - 1
-    history = {f"{part}_train": row[i] / row[n] for i, part in enumerate(_PARTS)}
+    n_train = plan.steps_per_epoch * plan.batch_size
+    history = _per_cell(row[: len(PARTS)], n_train, "train")
     if n_validation:
-        history |= {f"{part}_validation": row[n + 1 + i] / row[2 * n + 1] for i, part in enumerate(_PARTS)}
+        history |= _per_cell(row[len(PARTS) : 2 * len(PARTS)], n_validation, "validation")
     return history | {
         "kl_weight": plan.kl_weight_at(last),
         "lr": plan.lr_at(last) * progress.lr_factor,
         "cells_per_second": cells_per_second,
     }
+
+
+def _per_cell(sums: list[float], n_cells: int, cells: str) -> dict[str, float]:
+    parts = {f"{part}_{cells}": value / n_cells for part, value in zip(PARTS, sums, strict=True)}
+    return {f"elbo_{cells}": -sum(sums) / n_cells} | parts
 
 
 def _postfix(row: dict[str, float]) -> dict[str, str]:
@@ -265,26 +271,6 @@ def _roll_back(
         progress.stop_reason = "non-finite loss"
     elif not event.cells:
         progress.lr_factor /= 2
-
-
-def _predict_seconds(
-    module: nn.Module, block: Block, plan: Plan, train: np.ndarray, validation: np.ndarray, done: int
-) -> float:
-    """Seconds that the remaining steps will take, from the fastest of three rehearsed on a copy of the module."""
-    rehearsed = copy.deepcopy(module)
-    rows = block.rows(np.resize(train, plan.batch_size))
-    generators = generator_arrays(block.device)
-    seconds = np.inf
-    for _ in range(3):
-        started = time.perf_counter()
-        rehearsed.loss(block.minibatch(rows)).total.backward()
-        if block.device.type == "cuda":
-            torch.cuda.synchronize(block.device)
-        seconds = min(seconds, time.perf_counter() - started)
-    load_generators(block.device, generators)
-    # A held-out cell costs about a third of a trained one: forward without backward.
-    held_out_steps = len(validation) / plan.batch_size / 3
-    return seconds * (1 + held_out_steps / plan.steps_per_epoch) * (plan.n_steps - done)
 
 
 def _bar(plan: Plan, done: int, show: bool | None) -> object:

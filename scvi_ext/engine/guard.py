@@ -41,7 +41,7 @@ def find_culprits(module: nn.Module, block: Block, rows: np.ndarray, epoch: int)
     module.train(was_training)
     bad = rows[~np.isfinite(losses)]
     suspects = bad if len(bad) else rows[np.argsort(-losses, kind="stable")[:_NAMED]]
-    x = block.minibatch(block.rows(suspects[:_NAMED])).x.cpu().numpy()
+    x = block.minibatch(block.rows(suspects[:_NAMED])).x.to_dense().cpu().numpy()
     extreme = np.where(np.isfinite(x), x, np.inf).max(0)
     genes = np.argsort(-extreme, kind="stable")[: max(1, min(_NAMED, int((~np.isfinite(extreme)).sum())))]
     return NonFiniteEvent(

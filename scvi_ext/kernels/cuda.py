@@ -333,6 +333,7 @@ def log_likelihood(
     log_theta: Tensor | None,
     dropout: Tensor | None,
     weight: float,
+    gradients: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Log-probability of every cell and its gradients: one kernel, which a CUDA graph can capture.
 
@@ -355,6 +356,8 @@ def log_likelihood(
         Logit of a technical zero, shape (n, G), in the dtype of ``logits``; None without zero inflation.
     weight
         Factor of the gradients, not of the log-probability.
+    gradients
+        Whether they are wanted. They are made in any case: next to reading the genes they cost little.
 
     Returns
     -------

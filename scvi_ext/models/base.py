@@ -16,9 +16,11 @@ from torch import nn
 
 from scvi_ext._contract import Expression, Loss, Minibatch, Posterior
 from scvi_ext._errors import one_of
+from scvi_ext.functional import fused
 from scvi_ext.functional.counts import LIKELIHOODS
 from scvi_ext.functional.divergences import kl_normal, kl_standard_normal, log_density
 from scvi_ext.functional.sampling import sample_normal
+from scvi_ext.kernels.sparse import SparseRows
 from scvi_ext.nn.covariates import Covariates
 from scvi_ext.nn.decoders import DISPERSIONS
 from scvi_ext.nn.dispersion import Dispersion
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 _WITH_THETA = frozenset({"zinb", "nb", "normal"})
 _LOGISTIC_NORMAL_SAMPLES = 5000  # for the mean of softmax(N), which has no closed form
-_CONSTANT_LOG_LIBRARY = 4.0  # of scale_from_z in scVI 0.5.0; the scale does not depend on it
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class CountVAE(nn.Module, ABC):
         self.log_variational = log_variational
         self.encode_covariates = encode_covariates
         self.latent_distribution = latent_distribution
+        self.reconstruction_loss = reconstruction_loss
         self.likelihood = LIKELIHOODS[reconstruction_loss]
         self.heads = {
             "scale_activation": "softplus" if library == "size_factor" else "softmax",
@@ -237,17 +239,34 @@ class CountVAE(nn.Module, ABC):
         if log_library is None:
             ql = self.encode_library(cells)
             log_library = self.library.point(cells) if ql is None else ql.loc
-        scale, log_theta, rate, dropout_logits = self.decoder.parameters_of_counts(
-            self.covariates.append(z, cells), log_library, *self.covariates.codes(cells)
-        )
-        theta = self.dispersion(cells) if self.dispersion is not None else log_theta
-        if self.dispersion is None and log_theta is not None:
-            theta = torch.exp(log_theta)
-        return Expression(scale, rate, theta, dropout_logits)
+        logits, log_theta, dropout_logits = self._heads(z, cells)
+        scale = self.decoder.scale_activation(logits)
+        theta = None if log_theta is None else torch.exp(log_theta)
+        return Expression(scale, torch.exp(log_library) * scale, theta, dropout_logits)
 
-    def log_likelihood(self, x: Tensor, px: Expression) -> Tensor:
+    def log_likelihood(self, x: Tensor | SparseRows, px: Expression) -> Tensor:
         """log p(x | z, l) of each cell: the sum over genes, shape (B,) or (S, B)."""
-        return self.likelihood(x, px).sum(-1)
+        return self.likelihood(x.to_dense(), px).sum(-1)
+
+    def log_px(self, z: Tensor, cells: Minibatch, log_library: Tensor) -> Tensor:
+        """The same from z and the log library: by a fused kernel where there is one, else through :meth:`decode`.
+
+        Kernels of the processor take sparse rows only.
+        """
+        kernel, _ = fused.choose(self.reconstruction_loss, z.device.type, z.dtype)
+        if kernel is None or (z.device.type == "cpu" and not isinstance(cells.x, SparseRows)):
+            return self.log_likelihood(cells.x, self.decode(z, cells, log_library))
+        logits, log_theta, dropout_logits = self._heads(z, cells)
+        return fused.log_likelihood(
+            kernel, cells.x, self.decoder.softmax, logits, log_library, log_theta, dropout_logits
+        )
+
+    def _heads(self, z: Tensor, cells: Minibatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the decoder says before any activation, log theta taken from where it is: (B, G) or (G,) each."""
+        logits, log_theta, dropout_logits = self.decoder.heads(
+            self.covariates.append(z, cells), *self.covariates.codes(cells)
+        )
+        return logits, log_theta if self.dispersion is None else self.dispersion(cells), dropout_logits
 
     @property
     def n_noise(self) -> int:
@@ -256,7 +275,8 @@ class CountVAE(nn.Module, ABC):
 
     def posteriors(self, cells: Minibatch) -> tuple[Posterior, Posterior | None]:
         """q(z | x) and q(l | x); the latter is None where the library is known."""
-        return self.encode(cells), self.encode_library(cells)
+        encoder_input = self._encoder_input(cells)
+        return self.z_encoder.posterior(*encoder_input), self.library.posterior(cells, encoder_input)
 
     def draw(
         self, cells: Minibatch, posteriors: tuple[Posterior, Posterior | None], noise: Tensor | None = None
@@ -276,9 +296,8 @@ class CountVAE(nn.Module, ABC):
         """log p(x, z, l) - log q(z, l | x) at one posterior sample, shape (B,): its exponential averages to p(x)."""
         qz, ql = posteriors
         z, log_library = self.draw(cells, posteriors, noise)
-        px = self.decode(self.transform_z(z), cells, log_library)
         prior = Posterior(torch.zeros_like(qz.loc), torch.ones_like(qz.scale))
-        log_weight = self.log_likelihood(cells.x, px) + log_density(z, prior) - log_density(z, qz)
+        log_weight = self.log_px(self.transform_z(z), cells, log_library) + log_density(z, prior) - log_density(z, qz)
         if ql is not None:
             log_weight += log_density(log_library, self.library.prior(cells)) - log_density(log_library, ql)
         return log_weight
@@ -292,10 +311,10 @@ class CountVAE(nn.Module, ABC):
         return self.transform_z(qz.loc.unsqueeze(1) + qz.scale.unsqueeze(1) * noise).mean(1)
 
     def _encoder_input(self, cells: Minibatch) -> tuple[Tensor, ...]:
-        x = torch.log1p(cells.x) if self.log_variational else cells.x
+        x = cells.x.log1p() if self.log_variational else cells.x
         if not self.encode_covariates:
             return (x,)
-        return (self.covariates.append(x, cells), *self.covariates.codes(cells))
+        return (self.covariates.append(x.to_dense(), cells), *self.covariates.codes(cells))
 
     # ---- the seed's vocabulary (scVI 0.5.0): tensors in, tensors out -----------------------------------------------
 
@@ -342,10 +361,7 @@ class CountVAE(nn.Module, ABC):
         cells = self._cells(sample_batch, decoded=False)
         z = self.transform_z(sample_normal(self.encode(cells)))
         fixed = self._in_batch(cells, fixed_batch)
-        log_library = z.new_full((z.shape[0], 1), _CONSTANT_LOG_LIBRARY)
-        return self.decoder.parameters_of_counts(
-            self.covariates.append(z, fixed), log_library, *self.covariates.codes(fixed)
-        )[0]
+        return self.decoder.scale_activation(self._heads(z, fixed)[0])
 
     def inference(
         self,
@@ -419,7 +435,7 @@ class CountVAE(nn.Module, ABC):
         cells = self._cells(x, batch_index, y)
         qz, ql = posteriors = self.posteriors(cells)
         z, log_library = self.draw(cells, posteriors)
-        reconstruction = -self.log_likelihood(x, self.decode(self.transform_z(z), cells, log_library))
+        reconstruction = -self.log_px(self.transform_z(z), cells, log_library)
         return (
             reconstruction + self._kl_library(ql, cells, local_l_mean, local_l_var),
             kl_standard_normal(qz),

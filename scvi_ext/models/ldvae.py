@@ -117,8 +117,7 @@ class LDVAE(CountVAE):
         """The negative ELBO (Svensson et al. 2020), its KL to the prior of z weighted by ``kl_weight``."""
         qz, ql = posteriors = self.posteriors(cells)
         z, log_library = self.draw(cells, posteriors, noise)
-        px = self.decode(self.transform_z(z), cells, log_library)
-        reconstruction = -self.log_likelihood(cells.x, px)  # (B,)
+        reconstruction = -self.log_px(self.transform_z(z), cells, log_library)  # (B,)
         kl_z = kl_standard_normal(qz)  # (B,)
         kl_library = self.library.kl(ql, cells)  # (B,)
         total = (reconstruction + kl_library + kl_weight * kl_z).mean()

@@ -79,15 +79,15 @@ class DecoderSCVI(nn.Module):
         self.px_scale_decoder = nn.Linear(n_hidden, n_output)
         self.px_r_decoder = nn.Linear(n_hidden, n_output) if gene_cell else None
         self.px_dropout_decoder = nn.Linear(n_hidden, n_output) if zero_inflation else None
+        self.softmax = scale_activation == "softmax"
         self.scale_activation = _SCALES[scale_activation]
 
-    def parameters_of_counts(self, z: Tensor, log_library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale, log inverse dispersion, rate and dropout logits, each (B, G) or None where there is no such head."""
+    def heads(self, z: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
+        """Logits of the scale, of log theta and of dropout, each (B, G) or None where there is no such head."""
         h = self.px_decoder(z, *cat_list)  # (B, n_hidden)
-        scale = self.scale_activation(self.px_scale_decoder(h))
         r = None if self.px_r_decoder is None else self.px_r_decoder(h)
         dropout = None if self.px_dropout_decoder is None else self.px_dropout_decoder(h)
-        return scale, r, torch.exp(log_library) * scale, dropout
+        return self.px_scale_decoder(h), r, dropout
 
     def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
         """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate, dropout. ``library`` is a log."""
@@ -135,14 +135,14 @@ class LinearDecoderSCVI(nn.Module):
         self.factor_regressor = linear()
         self.px_r_decoder = linear() if gene_cell else None
         self.px_dropout_decoder = linear() if zero_inflation else None
+        self.softmax = scale_activation == "softmax"
         self.scale_activation = _SCALES[scale_activation]
 
-    def parameters_of_counts(self, z: Tensor, log_library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale, log inverse dispersion, rate and dropout logits, each (B, G) or None where there is no such head."""
-        scale = self.scale_activation(self.factor_regressor(z, *cat_list))
+    def heads(self, z: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
+        """Logits of the scale, of log theta and of dropout, each (B, G) or None where there is no such head."""
         r = None if self.px_r_decoder is None else self.px_r_decoder(z, *cat_list)
         dropout = None if self.px_dropout_decoder is None else self.px_dropout_decoder(z, *cat_list)
-        return scale, r, torch.exp(log_library) * scale, dropout
+        return self.factor_regressor(z, *cat_list), r, dropout
 
     def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
         """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate, dropout. ``library`` is a log."""
@@ -150,13 +150,14 @@ class LinearDecoderSCVI(nn.Module):
 
 
 def _seed_forward(
-    decoder: DecoderSCVI | LinearDecoderSCVI, dispersion: str, *args: Tensor
+    decoder: DecoderSCVI | LinearDecoderSCVI, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor
 ) -> tuple[Tensor | None, ...]:
     one_of("dispersion", dispersion, DISPERSIONS)
-    scale, r, rate, dropout = decoder.parameters_of_counts(*args)
+    logits, r, dropout = decoder.heads(z, *cat_list)
+    scale = decoder.scale_activation(logits)
     if dispersion != "gene-cell":
         r = None
     elif r is None:
         msg = "dispersion='gene-cell' needs a decoder built with gene_cell=True."
         raise ValueError(msg)
-    return scale, r, rate, dropout
+    return scale, r, torch.exp(library) * scale, dropout

@@ -31,11 +31,11 @@ class Dispersion(nn.Module):
         self.log_theta = nn.Parameter(torch.randn(*rows, n_genes))
 
     def forward(self, cells: Minibatch) -> Tensor:
-        """Shape (G,) or (B, G)."""
+        """log(theta), shape (G,) or (B, G)."""
         if self.column is None:
-            return torch.exp(self.log_theta)
+            return self.log_theta
         codes = getattr(cells, self.column)
         if codes is None:
             msg = "dispersion='gene-label' needs the label of each cell, and no labels were given."
             raise ValueError(msg)
-        return torch.exp(self.log_theta[codes])
+        return self.log_theta[codes]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from scvi_ext.functional.tensors import one_hot
+from scvi_ext.kernels.sparse import SparseRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,9 +49,10 @@ class FCLayer(nn.Module):
             rest.append(nn.Dropout(dropout_rate))
         self.rest = nn.Sequential(*rest)
 
-    def forward(self, x: Tensor, instance_id: int = 0) -> Tensor:
+    def forward(self, x: Tensor | SparseRows, instance_id: int = 0) -> Tensor:
         """Map (..., n_in) to (..., n_out)."""
-        h = self.linear(x)
+        linear = self.linear
+        h = x.linear(linear.weight, linear.bias) if isinstance(x, SparseRows) else linear(x)
         if self.batch_norm:
             h = self.batch_norm[instance_id](h.flatten(0, -2)).view_as(h)
         return self.rest(h)
@@ -117,10 +119,13 @@ class FCLayers(nn.Module):
             for i, (a, b) in enumerate(pairwise(sizes))
         )
 
-    def forward(self, x: Tensor, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
-        """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n)."""
+    def forward(self, x: Tensor | SparseRows, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
+        """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n).
+
+        Sparse rows are taken where there are no covariates to append to them.
+        """
         covariates = self._one_hots(cat_list)
-        if x.dim() == 3:
+        if covariates and x.dim() == 3:
             covariates = [c.expand(x.shape[0], -1, -1) for c in covariates]
         for i, layer in enumerate(self.layers):
             if covariates and (i == 0 or self.inject_covariates):

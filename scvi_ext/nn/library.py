@@ -33,7 +33,7 @@ class ObservedLibrary(nn.Module):
 
     def kl(self, ql: None, cells: Minibatch) -> Tensor:
         """Zero, shape (B,)."""
-        return cells.x.new_zeros(cells.x.shape[0])
+        return torch.zeros(len(cells.x), device=cells.batch_index.device)
 
 
 class SizeFactorLibrary(ObservedLibrary):

@@ -20,14 +20,17 @@ from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import CellStore
 from scvi_ext.engine import fit as engine
 from scvi_ext.engine.checkpoint import module_arrays
-from scvi_ext.engine.device import resolve_device, seeded
+from scvi_ext.engine.device import check_precision, resolve_device, seeded
 from scvi_ext.engine.plan import Plan, make_plan
 from scvi_ext.fitted import ALWAYS_READ
+from scvi_ext.functional import fused
 
 if TYPE_CHECKING:
     from typing import Any, Literal
 
+    import torch
     from anndata import AnnData
+    from torch import nn
 
     from scvi_ext._contract import ModelSpec
     from scvi_ext.engine.fit import Progress
@@ -64,6 +67,7 @@ def fit(
     kl_warmup: float | None = None,
     weight_decay: float | None = None,
     device: str = "auto",
+    precision: Literal["float32", "bf16"] = "float32",
     seed: int | None = None,
     checkpoint: bool = False,
     resume: bool = False,
@@ -105,6 +109,10 @@ def fit(
         L2 penalty of Adam, 1e-6 by default.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+    precision
+        Of the inputs of matrix products while training: ``"float32"`` (on CUDA: TF32, 10 bits of mantissa), or
+        ``"bf16"`` (7 bits) where the device has it. Likelihoods, sums and parameters are float32 in any case, and so is
+        all that is read out later.
     seed
         Of initial weights, split, order of the cells, dropout and posterior samples; None takes ``settings.seed``.
         Global random generators are neither read nor changed.
@@ -178,6 +186,7 @@ def fit(
             early_stopping=early_stopping,
             seed=whole_number("seed", settings.seed if seed is None else seed, 0),
             checkpoint=checkpoint,
+            precision=check_precision(precision, target),
         )
         resumed_from = None
 
@@ -195,10 +204,11 @@ def fit(
             validation=validation,
             seed=run["seed"],
             device=target,
+            precision=run.get("precision", "float32"),
             patience=run.get("patience"),
             resume=resumed_from,
             show_progress=progress,
-            announce=lambda seconds: _log_plan(plan_, seconds, target),
+            announce=lambda seconds, how: _log_plan(plan_, seconds, target, module, how),
         )
 
     interrupted = done.stop_reason == "interrupted"
@@ -223,9 +233,10 @@ def fit(
     return adata if copy else None
 
 
-_RUN_ARGUMENTS = (
-    "max_epochs batch_size train_size validation_size early_stopping lr plan kl_warmup weight_decay seed".split()
-)
+_RUN_ARGUMENTS = {
+    *("max_epochs", "batch_size", "train_size", "validation_size", "early_stopping"),
+    *("lr", "plan", "kl_warmup", "weight_decay", "precision", "seed"),
+}
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
 
 
@@ -240,6 +251,7 @@ def _prepare(
     early_stopping: bool | int,
     seed: int,
     checkpoint: bool,
+    precision: str,
 ) -> tuple[SavedFit, Any, CellStore, Plan]:
     """Check everything, read the cells, and build the module and the plan of a new fit. Writes nothing."""
     spec = models.get(model)
@@ -261,7 +273,14 @@ def _prepare(
         raise ValueError(msg)
     with seeded(seed, resolve_device("cpu")):
         module = models.build(spec, config, store.summary(registry))
-    run = {"plan": asdict(plan_), **split, "seed": seed, "patience": patience, "checkpoint": checkpoint}
+    run = {
+        "plan": asdict(plan_),
+        **split,
+        "seed": seed,
+        "patience": patience,
+        "checkpoint": checkpoint,
+        "precision": precision,
+    }
     fitted = SavedFit(
         key=key,
         model=spec.name,
@@ -359,11 +378,13 @@ def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int 
     return plan.patience if early_stopping is True else int(early_stopping)
 
 
-def _log_plan(plan: Plan, seconds: float, device: object) -> None:
+def _log_plan(plan: Plan, seconds: float, device: torch.device, module: nn.Module, how: str) -> None:
+    kernel = fused.choose(module.reconstruction_loss, device.type, next(module.parameters()).dtype)[1]
     schedule = f"one cycle with peak {plan.lr:g}" if plan.one_cycle else f"constant {plan.lr:g}"
     logg.info(
         f"    plan {plan.name!r}: {plan.n_epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} cells, "
-        f"learning rate {schedule}, final KL weight {plan.final_kl_weight:.3g}, about {_duration(seconds)} on {device}"
+        f"learning rate {schedule}, final KL weight {plan.final_kl_weight:.3g}\n"
+        f"    about {_duration(seconds)} on {device}, {kernel}{f', {how}' if how else ''}"
     )
     if plan.final_kl_weight < 1:
         warnings.warn(

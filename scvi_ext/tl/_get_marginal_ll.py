@@ -99,7 +99,7 @@ def get_marginal_ll(
 def _marginal_ll(module: nn.Module, cells: Minibatch, noise: Tensor) -> Tensor:
     """log-mean-exp of the importance weights, shape (B,); memory does not depend on the number of samples."""
     posteriors = module.posteriors(cells)
-    log_sum = torch.full((len(cells.x),), -math.inf, dtype=torch.float64, device=cells.x.device)
+    log_sum = torch.full((len(cells.x),), -math.inf, dtype=torch.float64, device=cells.batch_index.device)
     for s in range(noise.shape[1]):
         log_sum = torch.logaddexp(log_sum, module.log_weight(cells, posteriors, noise[:, s]).double())
     return log_sum - math.log(noise.shape[1])

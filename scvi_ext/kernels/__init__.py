@@ -1,0 +1,1 @@
+"""Fused count losses and sparse products: forward and gradient in one pass."""

@@ -1,0 +1,56 @@
+"""How numba compiles the kernels, and how many threads they run on."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numba
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from torch import Tensor
+
+# Some of numba's threading layers must not be entered by two threads at a time.
+_ENTERED = threading.Lock()
+
+
+def fast(function: Callable) -> Callable:
+    """A piece of a kernel: it becomes part of the loop that calls it. Floating point may be reordered."""
+    return numba.njit(function, fastmath=True, error_model="numpy", inline="always")
+
+
+def kernel(function: Callable) -> Callable:
+    """A kernel on one thread. Floating point may be reordered, and NaN and infinity are not reliably noticed."""
+    return _on_disk(function, fastmath=True, error_model="numpy")
+
+
+def parallel(function: Callable) -> Callable:
+    """A kernel that calls others for parts of the rows or columns; call it through :func:`in_parallel`."""
+    return _on_disk(function, parallel=True)
+
+
+def _on_disk(function: Callable, **options: object) -> Callable:
+    """Compiled on first call, once on this machine where there is a folder to keep it in."""
+    try:
+        return numba.njit(function, nogil=True, cache=True, **options)
+    except RuntimeError:  # no folder that numba may write to
+        return numba.njit(function, nogil=True, **options)
+
+
+def in_parallel(function: Callable, *args: object) -> None:
+    """Call ``function(parts, *args)`` on as many threads as torch uses."""
+    n_threads = torch.get_num_threads()
+    with _ENTERED:
+        numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+        function(n_threads, *args)
+    if torch.get_num_threads() != n_threads:  # numba's first parallel call sets the number of OpenMP threads
+        torch.set_num_threads(n_threads)
+
+
+def arrays(*tensors: Tensor | None) -> list[np.ndarray | None]:
+    """The memory of tensors as numpy arrays, contiguous."""
+    return [None if t is None else t.detach().contiguous().numpy() for t in tensors]

@@ -1,0 +1,186 @@
+"""Counts of a minibatch as sparse rows in host memory: the few words of a tensor that models use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from numba import prange
+from torch.autograd.function import once_differentiable
+
+from scvi_ext.kernels.compiler import arrays, in_parallel, kernel, parallel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Rows of a compressed sparse matrix.
+
+    Parameters
+    ----------
+    indptr, genes, values
+        As in ``scipy.sparse.csr_matrix``, no gene twice in a row: int64 (B + 1,), int32 and float32 (one per entry).
+    n_genes
+        Number of columns.
+    multiply_sparse
+        Whether a product with a matrix goes over the entries; else the rows are made dense for it.
+    """
+
+    indptr: Tensor
+    genes: Tensor
+    values: Tensor
+    n_genes: int
+    multiply_sparse: bool = True
+
+    @classmethod
+    def from_dense(cls, x: Tensor) -> SparseRows:
+        """The entries of ``x`` (B, G) that are not zero."""
+        rows, genes = torch.nonzero(x, as_tuple=True)
+        indptr = torch.searchsorted(rows, torch.arange(len(x) + 1))
+        return cls(indptr, genes.int(), x[rows, genes], x.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and genes."""
+        return len(self), self.n_genes
+
+    def rows(self, rows: Tensor) -> SparseRows:
+        """The rows at these positions."""
+        indptr = torch.zeros(len(rows) + 1, dtype=torch.int64)
+        torch.cumsum(self.indptr[rows + 1] - self.indptr[rows], 0, out=indptr[1:])
+        n = int(indptr[-1])
+        genes, values = torch.empty(n, dtype=torch.int32), torch.empty(n)
+        _gather(*arrays(self.indptr, self.genes, self.values, rows, indptr, genes, values))
+        return replace(self, indptr=indptr, genes=genes, values=values)
+
+    def log1p(self) -> SparseRows:
+        """log(1 + x)."""
+        return replace(self, values=torch.log1p(self.values))
+
+    def sum(self, dim: int, keepdim: bool = False) -> Tensor:
+        """Sum over the genes (``dim=-1``), shape (B,), or (B, 1) with ``keepdim``."""
+        if dim not in (-1, 1):
+            msg = f"dim={dim}: sparse rows are summed over genes only, dim=-1."
+            raise ValueError(msg)
+        sums = torch.empty(len(self))
+        _row_sums(*arrays(self.indptr, self.values, sums))
+        return sums.unsqueeze(-1) if keepdim else sums
+
+    def to_dense(self) -> Tensor:
+        """All entries, shape (B, G), float32."""
+        dense = torch.zeros(self.shape)
+        _fill(*arrays(self.indptr, self.genes, self.values, dense))
+        return dense
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ weight.T + bias``, shape (B, H), for ``weight`` of shape (H, G)."""
+        if not (self.multiply_sparse and weight.dtype == torch.float32):
+            return torch.nn.functional.linear(self.to_dense().to(weight.dtype), weight, bias)
+        return _Product.apply(self, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T + bias over the entries of x.
+
+    The kernels go along the rows of weight.T, so a weight that is stored gene by gene needs no copy.
+    """
+
+    @staticmethod
+    def forward(ctx, x: SparseRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.x, ctx.has_bias = x, bias is not None
+        out = torch.zeros(len(x), len(weight)) if bias is None else bias.detach().repeat(len(x), 1)
+        in_parallel(_multiply_in_parts, *arrays(x.indptr, x.genes, x.values, weight.t(), out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        x = ctx.x
+        starts = torch.zeros(x.n_genes + 2, dtype=torch.int64)
+        cells, values = torch.empty_like(x.genes), torch.empty_like(x.values)
+        _by_gene(*arrays(x.indptr, x.genes, x.values, starts, cells, values))
+        d_weight = torch.empty(x.n_genes, d_out.shape[1])
+        in_parallel(_multiply_gradient_in_parts, *arrays(starts, cells, values, d_out, d_weight))
+        return None, d_weight.t(), d_out.sum(0) if ctx.has_bias else None
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _gather(indptr, genes, values, rows, new_indptr, new_genes, new_values):
+    for i in range(rows.size):
+        start, n = indptr[rows[i]], new_indptr[i + 1] - new_indptr[i]
+        for e in range(n):
+            new_genes[new_indptr[i] + e] = genes[start + e]
+            new_values[new_indptr[i] + e] = values[start + e]
+
+
+@kernel
+def _row_sums(indptr, values, sums):
+    for i in range(sums.size):
+        total = 0.0
+        for e in range(indptr[i], indptr[i + 1]):
+            total += values[e]
+        sums[i] = total
+
+
+@kernel
+def _fill(indptr, genes, values, dense):
+    for i in range(dense.shape[0]):
+        for e in range(indptr[i], indptr[i + 1]):
+            dense[i, genes[e]] += values[e]
+
+
+@kernel
+def _multiply(begin, end, indptr, genes, values, weight, out):
+    for i in range(begin, end):
+        for e in range(indptr[i], indptr[i + 1]):
+            v, w = values[e], weight[genes[e]]
+            for h in range(out.shape[1]):
+                out[i, h] += v * w[h]
+
+
+@kernel
+def _by_gene(indptr, genes, values, starts, cells, by_gene):
+    """Bring the entries into the order of their genes; those of gene g end up from starts[g] to starts[g + 1]."""
+    for e in range(genes.size):
+        starts[genes[e] + 2] += 1
+    for g in range(2, starts.size):
+        starts[g] += starts[g - 1]
+    for i in range(indptr.size - 1):
+        for e in range(indptr[i], indptr[i + 1]):
+            place = starts[genes[e] + 1]
+            cells[place], by_gene[place] = i, values[e]
+            starts[genes[e] + 1] += 1
+
+
+@kernel
+def _multiply_gradient(begin, end, starts, cells, values, d_out, d_weight):
+    for g in range(begin, end):
+        row = d_weight[g]
+        row[:] = 0
+        for e in range(starts[g], starts[g + 1]):
+            v, d = values[e], d_out[cells[e]]
+            for h in range(row.size):
+                row[h] += v * d[h]
+
+
+@parallel
+def _multiply_in_parts(parts, indptr, genes, values, weight, out):
+    n = out.shape[0]
+    for part in prange(parts):
+        _multiply(part * n // parts, (part + 1) * n // parts, indptr, genes, values, weight, out)
+
+
+@parallel
+def _multiply_gradient_in_parts(parts, starts, cells, values, d_out, d_weight):
+    n = d_weight.shape[0]
+    for part in prange(parts):
+        _multiply_gradient(part * n // parts, (part + 1) * n // parts, starts, cells, values, d_out, d_weight)
