@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from numba import prange
 from torch.autograd.function import once_differentiable
@@ -52,11 +53,7 @@ class SparseRows:
 
     def rows(self, rows: Tensor) -> SparseRows:
         """The rows at these positions."""
-        indptr = torch.zeros(len(rows) + 1, dtype=torch.int64)
-        torch.cumsum(self.indptr[rows + 1] - self.indptr[rows], 0, out=indptr[1:])
-        n = int(indptr[-1])
-        genes, values = torch.empty(n, dtype=torch.int32), torch.empty(n)
-        _gather(*arrays(self.indptr, self.genes, self.values, rows, indptr, genes, values))
+        indptr, genes, values = map(torch.from_numpy, _gather(*arrays(self.indptr, self.genes, self.values, rows)))
         return replace(self, indptr=indptr, genes=genes, values=values)
 
     def log1p(self) -> SparseRows:
@@ -94,7 +91,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: SparseRows, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.x, ctx.has_bias = x, bias is not None
-        out = torch.zeros(len(x), len(weight)) if bias is None else bias.detach().repeat(len(x), 1)
+        out = torch.empty(len(x), len(weight)).copy_(weight.new_zeros(()) if bias is None else bias)
         in_parallel(_multiply_in_parts, *arrays(x.indptr, x.genes, x.values, weight.t(), out))
         return out
 
@@ -114,12 +111,17 @@ class _Product(torch.autograd.Function):
 
 
 @kernel
-def _gather(indptr, genes, values, rows, new_indptr, new_genes, new_values):
+def _gather(indptr, genes, values, rows):
+    new_indptr = np.zeros(rows.size + 1, np.int64)
     for i in range(rows.size):
-        start, n = indptr[rows[i]], new_indptr[i + 1] - new_indptr[i]
-        for e in range(n):
-            new_genes[new_indptr[i] + e] = genes[start + e]
-            new_values[new_indptr[i] + e] = values[start + e]
+        new_indptr[i + 1] = new_indptr[i] + indptr[rows[i] + 1] - indptr[rows[i]]
+    new_genes, new_values = np.empty(new_indptr[-1], np.int32), np.empty(new_indptr[-1], np.float32)
+    for i in range(rows.size):
+        begin, shift = indptr[rows[i]], new_indptr[i] - indptr[rows[i]]
+        for e in range(begin, indptr[rows[i] + 1]):
+            new_genes[e + shift] = genes[e]
+            new_values[e + shift] = values[e]
+    return new_indptr, new_genes, new_values
 
 
 @kernel
