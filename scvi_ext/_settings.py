@@ -16,12 +16,12 @@ class Settings:
     device
         ``"auto"`` (CUDA where present, else the processor), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
     batch_size
-        Cells per forward pass of a read-out. Results do not depend on it.
+        Cells per forward pass of a read-out; None takes what suits the device. Results do not depend on it.
     """
 
     seed: int = 0
     device: str = "auto"
-    batch_size: int = 1024
+    batch_size: int | None = None
 
     @property
     def verbosity(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,12 +19,11 @@ from scvi_ext.engine.map_cells import Draws, map_cells
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import torch
     from anndata import AnnData
     from torch import nn
 
     from scvi_ext._contract import Capability, Minibatch, ModelSpec, SavedFit
-
-    T = TypeVar("T")
 
 ALWAYS_READ = frozenset({"categorical", "continuous"})  # columns that enter every model if registered
 
@@ -97,12 +96,12 @@ class Fitted:
 
     def map(
         self,
-        fn: Callable[[Minibatch, Draws], T],
+        fn: Callable[[Minibatch, Draws], tuple[torch.Tensor, ...]],
         *,
         batch_size: int | None,
         seed: int | None,
         floats_per_cell: int = 0,
-    ) -> Iterator[tuple[slice, T]]:
+    ) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
         """Map ``fn`` over the cells, see :func:`~scvi_ext.engine.map_cells.map_cells`."""
         return map_cells(
             fn,

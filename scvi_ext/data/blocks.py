@@ -108,6 +108,7 @@ class Block:
         """Positions on this block's device: move them once, then slice."""
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
-    def minibatch(self, rows: torch.Tensor) -> Minibatch:
+    def minibatch(self, rows: torch.Tensor | np.ndarray) -> Minibatch:
         """The cells at these positions."""
+        rows = torch.as_tensor(rows)
         return Minibatch(self.counts.rows(rows), **{name: column[rows] for name, column in self.columns.items()})

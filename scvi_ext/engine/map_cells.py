@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from scvi_ext._contract import Minibatch
     from scvi_ext.data.store import CellStore
 
-    T = TypeVar("T")
+    Outputs = tuple[torch.Tensor, ...]
 
 _BLOCK_CELLS = 2**16  # resident at once
-_FLOATS = 2**24  # of one intermediate array: 64 MiB
+_HOST_CELLS = 1024  # at once: more no longer fit the cache, with some thousand genes
+_HOST_FLOATS = 2**24  # of one intermediate array: 64 MiB
+_DEVICE_SHARE = 1 / 32  # of the free memory for one intermediate array, of which there are about ten
 
 
 class Draws:
@@ -39,7 +41,7 @@ class Draws:
 
 @torch.inference_mode()
 def map_cells(
-    fn: Callable[[Minibatch, Draws], T],
+    fn: Callable[[Minibatch, Draws], Outputs],
     module: nn.Module,
     store: CellStore,
     *,
@@ -47,19 +49,22 @@ def map_cells(
     batch_size: int | None = None,
     seed: int = 0,
     floats_per_cell: int = 0,
-) -> Iterator[tuple[slice, T]]:
-    """Yield ``(rows, fn(cells, draws))`` for consecutive stretches of the store.
+) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
+    """Yield ``(rows, arrays)`` for consecutive stretches of the store: what ``fn(cells, draws)`` returned, on the host.
+
+    On CUDA the copies go to pinned memory, and the next stretch is computed while one is copied and used.
 
     Parameters
     ----------
     fn
-        Called under ``inference_mode`` with a minibatch and :class:`Draws`.
+        Called under ``inference_mode`` with a minibatch and :class:`Draws`; returns tensors.
     module
         Moved to ``device``, in evaluation mode.
     store
         The cells.
     batch_size
-        Cells per call; None takes ``settings.batch_size``, or fewer where intermediate arrays would be large.
+        Cells per call; None takes ``settings.batch_size``, and if that is None too, what suits the device, or fewer
+        where intermediate arrays would be large.
     seed
         Of the draws.
     floats_per_cell
@@ -67,13 +72,49 @@ def map_cells(
     """
     module.to(device).eval()
     if batch_size is None:
-        batch_size = max(1, min(settings.batch_size, _FLOATS // max(store.n_genes, floats_per_cell, 1)))
+        batch_size = _suitable_batch_size(device, max(store.n_genes, floats_per_cell, 1))
     else:
         whole_number("batch_size", batch_size, 1)
     draws = Draws(seed, device)
+    on_its_way = None
     for first in range(0, store.n_cells, _BLOCK_CELLS):
         stop = min(first + _BLOCK_CELLS, store.n_cells)
         block = Block(store, device, first, stop)
         for start in range(0, stop - first, batch_size):
             rows = np.arange(start, min(start + batch_size, stop - first))
-            yield slice(first + start, first + start + len(rows)), fn(block.minibatch(block.rows(rows)), draws)
+            outputs = fn(block.minibatch(block.rows(rows)), draws)
+            copies = _Copies(slice(first + start, first + start + len(rows)), outputs)
+            if on_its_way is not None:
+                yield on_its_way.arrived()
+            on_its_way = copies
+    if on_its_way is not None:
+        yield on_its_way.arrived()
+
+
+def _suitable_batch_size(device: torch.device, floats_per_cell: int) -> int:
+    if device.type == "cuda":
+        cells = _BLOCK_CELLS
+        floats = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) // 4
+    else:
+        cells, floats = _HOST_CELLS, _HOST_FLOATS
+    return max(1, min(settings.batch_size or cells, floats // floats_per_cell))
+
+
+class _Copies:
+    """Tensors of a stretch on their way to the host."""
+
+    def __init__(self, rows: slice, tensors: Outputs):
+        self.rows, self.event = rows, None
+        if tensors[0].is_cuda:
+            self.tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            for host, tensor in zip(self.tensors, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.tensors = tensors
+
+    def arrived(self) -> tuple[slice, tuple[np.ndarray, ...]]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.rows, tuple(t.numpy() for t in self.tensors)

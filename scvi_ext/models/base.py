@@ -244,6 +244,10 @@ class CountVAE(nn.Module, ABC):
         theta = None if log_theta is None else torch.exp(log_theta)
         return Expression(scale, torch.exp(log_library) * scale, theta, dropout_logits)
 
+    def scale(self, z: Tensor, cells: Minibatch) -> Tensor:
+        """The normalised profile alone, what :meth:`decode` calls ``scale``: (B, G) or (S, B, G)."""
+        return self.decoder.scale(self.covariates.append(z, cells), *self.covariates.codes(cells))
+
     def log_likelihood(self, x: Tensor | SparseRows, px: Expression) -> Tensor:
         """log p(x | z, l) of each cell: the sum over genes, shape (B,) or (S, B)."""
         return self.likelihood(x.to_dense(), px).sum(-1)
@@ -361,7 +365,7 @@ class CountVAE(nn.Module, ABC):
         cells = self._cells(sample_batch, decoded=False)
         z = self.transform_z(sample_normal(self.encode(cells)))
         fixed = self._in_batch(cells, fixed_batch)
-        return self.decoder.scale_activation(self._heads(z, fixed)[0])
+        return self.scale(z, fixed)
 
     def inference(
         self,

@@ -89,6 +89,10 @@ class DecoderSCVI(nn.Module):
         dropout = None if self.px_dropout_decoder is None else self.px_dropout_decoder(h)
         return self.px_scale_decoder(h), r, dropout
 
+    def scale(self, z: Tensor, *cat_list: Tensor) -> Tensor:
+        """The normalised profile alone, (B, G)."""
+        return self.scale_activation(self.px_scale_decoder(self.px_decoder(z, *cat_list)))
+
     def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
         """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate, dropout. ``library`` is a log."""
         return _seed_forward(self, dispersion, z, library, *cat_list)
@@ -143,6 +147,10 @@ class LinearDecoderSCVI(nn.Module):
         r = None if self.px_r_decoder is None else self.px_r_decoder(z, *cat_list)
         dropout = None if self.px_dropout_decoder is None else self.px_dropout_decoder(z, *cat_list)
         return self.factor_regressor(z, *cat_list), r, dropout
+
+    def scale(self, z: Tensor, *cat_list: Tensor) -> Tensor:
+        """The normalised profile alone, (B, G)."""
+        return self.scale_activation(self.factor_regressor(z, *cat_list))
 
     def forward(self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor) -> tuple[Tensor | None, ...]:
         """The seed's call: scale, r (None unless ``dispersion="gene-cell"``), rate, dropout. ``library`` is a log."""

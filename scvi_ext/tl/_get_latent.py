@@ -100,12 +100,12 @@ def get_latent(
     def represent(cells: Minibatch, draws: Draws) -> tuple[np.ndarray, ...]:
         qz = module.encode(cells)
         if return_dist:
-            return qz.loc.cpu().numpy(), (qz.scale**2).cpu().numpy()
+            return qz.loc, qz.scale**2
         if not give_mean:
             noise = draws.normal(len(qz.loc), module.n_latent)
-            return (module.transform_z(sample_normal(qz, noise)).cpu().numpy(),)
+            return (module.transform_z(sample_normal(qz, noise)),)
         noise = draws.normal(len(qz.loc), mc_samples, module.n_latent) if logistic else None
-        return (module.mean_z(qz, noise).cpu().numpy(),)
+        return (module.mean_z(qz, noise),)
 
     start = logg.info(f"computing the latent representation of fit {fitted.fit.key!r}")
     floats = n_draws * module.n_latent

@@ -74,10 +74,10 @@ def get_library_size(
     def library_size(cells: Minibatch, draws: Draws) -> np.ndarray:
         ql = module.encode_library(cells)
         log_mean = module.library.point(cells) if ql is None else ql.loc + 0.5 * ql.scale**2
-        return torch.exp(log_mean).squeeze(-1).cpu().numpy()
+        return (torch.exp(log_mean).squeeze(-1),)
 
     start = logg.info(f"computing library sizes from fit {fitted.fit.key!r}")
-    values = np.concatenate([part for _, part in fitted.map(library_size, batch_size=batch_size, seed=0)])
+    values = np.concatenate([part for _, (part,) in fitted.map(library_size, batch_size=batch_size, seed=0)])
     results.write_obs(adata, slot, values, fitted.rows)
     logg.info("    finished", time=start, deep=f"added\n    {slot!r}, library size (adata.obs)")
     return adata if copy else None

@@ -96,7 +96,7 @@ def get_likelihood_parameters(
             values += [px.dropout_logits.sigmoid()] if has_dropout else []
             values += [px.theta] if per_cell_theta else []
             sums = [total + value for total, value in zip(sums, values, strict=True)]
-        return tuple((total / n_samples).cpu().numpy() for total in sums)
+        return tuple(total / n_samples for total in sums)
 
     start = logg.info(f"computing likelihood parameters of fit {fitted.fit.key!r}")
     blocks = fitted.map(parameters, batch_size=batch_size, seed=seed, floats_per_cell=n_samples * module.n_noise)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,33 +127,32 @@ def get_normalized_expression(
     genes = fitted.gene_positions(gene_list)
     columns = slice(None) if genes is None else torch.from_numpy(genes)
 
-    def profile(cells: Minibatch, posteriors: tuple, noise: torch.Tensor) -> torch.Tensor:
+    def profile(cells: Minibatch, posteriors: tuple, noise: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
         z, log_library = module.draw(cells, posteriors, noise)
         z = module.transform_z(z)
-        total = 0
-        for batch in batches:
-            px = module.decode(z, in_batch(cells, batch), log_library)
-            total = total + (px.rate if latent_library else px.scale * library_size)[:, columns]
-        return total / len(batches)
+        size = torch.exp(log_library) if latent_library else library_size
+        scales = (module.scale(z, in_batch(cells, batch))[:, columns] for batch in batches)
+        return reduce(torch.Tensor.add_, scales).mul_(size * share / len(batches))
 
-    def samples(cells: Minibatch, draws: Draws) -> np.ndarray:
+    def samples(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
         noise = draws.normal(len(cells.x), n_samples, module.n_noise)
         posteriors = module.posteriors(cells)
-        return torch.stack([profile(cells, posteriors, noise[:, s]) for s in range(n_samples)]).cpu().numpy()
+        return (torch.stack([profile(cells, posteriors, noise[:, s], 1.0) for s in range(n_samples)]),)
 
-    def mean(cells: Minibatch, draws: Draws) -> tuple[np.ndarray]:
+    def mean(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
         noise = draws.normal(len(cells.x), n_samples, module.n_noise)
         posteriors = module.posteriors(cells)
-        share = torch.full((n_samples, len(cells.x), 1), 1 / n_samples, device=noise.device)
+        shares = [1 / n_samples] * n_samples
         if weights == "importance":
             log_weights = [module.log_weight(cells, posteriors, noise[:, s]) for s in range(n_samples)]
-            share = torch.softmax(torch.stack(log_weights), 0).unsqueeze(-1)  # (S, B, 1)
-        return (sum(share[s] * profile(cells, posteriors, noise[:, s]) for s in range(n_samples)).cpu().numpy(),)
+            shares = torch.softmax(torch.stack(log_weights), 0).unsqueeze(-1)  # (S, B, 1)
+        profiles = (profile(cells, posteriors, noise[:, s], shares[s]) for s in range(n_samples))
+        return (reduce(torch.Tensor.add_, profiles),)
 
     start = logg.info(f"computing normalised expression from fit {fitted.fit.key!r}")
     options = {"batch_size": batch_size, "seed": seed, "floats_per_cell": n_samples * module.n_noise}
     if not return_mean:
-        return np.concatenate([values for _, values in fitted.map(samples, **options)], axis=1)
+        return np.concatenate([values for _, (values,) in fitted.map(samples, **options)], axis=1)
     blocks = fitted.map(mean, **options)
     if genes is None:
         results.write_layers(adata, [slot], blocks, fitted.rows, fitted.columns)

@@ -50,12 +50,12 @@ def per_cell(
 
     def values_of(cells: Minibatch, draws: Draws) -> np.ndarray:
         noise = draws.normal(len(cells.x), n_samples, module.n_noise)
-        return value(module, cells, noise).double().cpu().numpy()
+        return (value(module, cells, noise).double(),)
 
     what = name.replace("_", " ")
     start = logg.info(f"computing the {what} of fit {fitted.fit.key!r}")
     parts = fitted.map(values_of, batch_size=batch_size, seed=seed, floats_per_cell=n_samples * module.n_noise)
-    values = np.concatenate([part for _, part in parts])
+    values = np.concatenate([part for _, (part,) in parts])
     if return_mean:
         logg.info("    finished", time=start)
         return float(values.mean())

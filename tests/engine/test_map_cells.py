@@ -24,15 +24,15 @@ def run(store, fn, **options):
 
 
 def values(store, fn, **options):
-    return np.concatenate([part for _, part in run(store, fn, **options)])
+    return np.concatenate([part for _, (part,) in run(store, fn, **options)])
 
 
 def profile(cells, draws):
-    return cells.x.numpy() + 100 * cells.batch_index.numpy()[:, None]
+    return (cells.x.to_dense() + 100 * cells.batch_index[:, None],)
 
 
 def noise(cells, draws):
-    return draws.normal(len(cells.x), 5, 3).numpy()
+    return (draws.normal(len(cells.x), 5, 3),)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 67, 201, 500, None])
@@ -57,7 +57,7 @@ def test_nothing_depends_on_the_size_of_a_block(store, monkeypatch, block_cells,
     found = run(store, profile, batch_size=batch_size)
     assert found[-1][0].stop == store.n_cells
     assert max(rows.stop - rows.start for rows, _ in found) <= min(block_cells, batch_size)
-    np.testing.assert_array_equal(np.concatenate([part for _, part in found]), expected[0])
+    np.testing.assert_array_equal(np.concatenate([part for _, (part,) in found]), expected[0])
     np.testing.assert_array_equal(values(store, noise, batch_size=batch_size), expected[1])
 
 
@@ -81,19 +81,20 @@ def test_fn_sees_an_evaluated_module_and_no_gradients(store):
     module = nn.Dropout(0.5).train()
 
     def look(cells, draws):
-        return [torch.is_inference_mode_enabled(), module.training]
+        return (torch.tensor([torch.is_inference_mode_enabled(), module.training]),)
 
-    assert next(iter(map_cells(look, module, store, device=CPU)))[1] == [True, False]
+    (_, (state,)) = next(iter(map_cells(look, module, store, device=CPU)))
+    assert state.tolist() == [True, False]
     assert not torch.is_inference_mode_enabled()
 
 
 def test_batch_size_comes_from_the_settings_and_shrinks_with_what_a_cell_needs(store, monkeypatch):
     def sizes(**options):
-        return [len(part) for _, part in run(store, profile, **options)]
+        return [len(part) for _, (part,) in run(store, profile, **options)]
 
     monkeypatch.setattr(settings, "batch_size", 100)
     assert sizes() == [100, 100, 1]
-    monkeypatch.setattr(engine, "_FLOATS", 60 * 30)
+    monkeypatch.setattr(engine, "_HOST_FLOATS", 60 * 30)
     assert max(sizes()) == 30
     assert max(sizes(floats_per_cell=180)) == 10
     assert max(sizes(floats_per_cell=10**9)) == 1

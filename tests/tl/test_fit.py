@@ -247,7 +247,7 @@ def test_the_plan_and_the_slot_are_logged(registered, logged):
     log = logged()
     assert "fitting scvi on 181 cells x 60 genes, 20 held out" in log
     assert "2 epochs of 2 steps of 128 cells" in log
-    assert "final KL weight 1, about 1 s on cpu" in log
+    assert "final KL weight 1\n    about 1 s on cpu, fused kernel of zinb" in log
     assert "finished after 2 epochs" in log
     assert "added\n    'scvi', the fitted model (adata.uns['scvi_ext']['fits'])" in log
 

@@ -322,7 +322,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(fitted, read, readout, 
         return noise
 
     monkeypatch.setattr(engine.Draws, "normal", measured)
-    monkeypatch.setattr(engine, "_FLOATS", 1500)
+    monkeypatch.setattr(engine, "_HOST_FLOATS", 1500)
     name = "n_mc_samples" if readout == "get_marginal_ll" else "n_samples"
     for n_samples in (10, 100, 250):
         read(readout, fitted, indices=slice(0, 20), **{name: n_samples})
