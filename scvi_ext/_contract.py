@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from scvi_ext.kernels.sparse import SparseRows
-
 
 class Minibatch(NamedTuple):
     """The columns of ``B`` cells on one device. A column that was not registered is ``None`` for the whole run."""
 
-    x: Tensor | SparseRows  # (B, G) counts; sparse rows in host memory
+    x: Any  # (B, G) counts: a Tensor on a CUDA device, kernels.sparse.SparseRows in host memory
     batch_index: Tensor  # (B,) integer codes
     labels: Tensor | None = None  # (B,) integer codes, -1 = unlabelled
     size_factor: Tensor | None = None  # (B,) positive

@@ -28,11 +28,11 @@ BELOW_F5 = F0 | F1 | {"nn", "models", "data", "engine"}
 # Room (a file or folder of the package) -> rooms it may import from, besides itself.
 MAY_IMPORT = {
     **{room: set() for room in F0},
-    "kernels": F0,
+    "kernels": F0,  # speaks of tensors only
     "functional": F0 | {"kernels"},
     "nn": F0 | F1,
     "models": F0 | F1 | {"nn"},
-    "data": F0,
+    "data": F0 | {"kernels"},  # minibatches of sparse rows
     "engine": F0 | {"data"},
     "results": F0,  # writes into an AnnData
     "fitted": BELOW_F5,  # reads a fit out of an AnnData

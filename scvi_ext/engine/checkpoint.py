@@ -59,11 +59,16 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, arrays: 
     for name, parameter in module.named_parameters():
         prefix = f"optimizer.{name}."
         entries = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-        # Single numbers come back from files in double precision.
-        optimizer.state[parameter] = {
-            entry: torch.from_numpy(np.array(array)).to(parameter.device, parameter.dtype)
-            for entry, array in entries.items()
-        }
+        optimizer.state[parameter] = {entry: _like(parameter, array) for entry, array in entries.items()}
+
+
+def _like(parameter: torch.Tensor, array: np.ndarray) -> torch.Tensor:
+    """``array`` on the device, in the precision and, if it has its shape, in the memory layout of a parameter.
+
+    Single numbers come back from files in double precision, and everything row by row; fused Adam goes through memory.
+    """
+    values = torch.from_numpy(np.array(array)).to(parameter.device, parameter.dtype)
+    return torch.empty_like(parameter.detach()).copy_(values) if values.shape == parameter.shape else values
 
 
 def generator_arrays(device: torch.device) -> dict[str, np.ndarray]:

@@ -108,7 +108,7 @@ def fit(
     progress = Progress()
     if resume is not None:
         progress = load_checkpoint(module, step.optimizer, device, resume)
-        step.sums.copy_(torch.tensor(progress.sums))
+        step.sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
     with arithmetic(device, precision):
         rehearsed = np.resize(train, (plan.steps_per_epoch, plan.batch_size))
         step.begin_epoch(rehearsed, _schedule(plan, 0, 1.0), 0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def one_hot(index: Tensor, n_cat: int) -> Tensor:
     """Codes of shape (B,) or (B, 1), of any number type, as float32 indicators of shape (B, n_cat)."""
-    return (index.reshape(-1, 1) == torch.arange(n_cat, device=index.device)).to(torch.float32)
+    return torch.nn.functional.one_hot(index.reshape(-1).long(), n_cat).to(torch.float32)
 
 
 def enumerate_discrete(x: Tensor, y_dim: int) -> Tensor:

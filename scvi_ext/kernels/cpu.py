@@ -329,11 +329,13 @@ def _negative_binomial(
     # Of the counts above zero: which genes they are of, and the same for them alone.
     where, x, mu, th, iv = np.empty(n_genes, np.int32), _new(n_genes), _new(n_genes), _new(n_genes), _new(n_genes)
     log_nb, d_mu, d_th, p = _new(n_genes), _new(n_genes), _new(n_genes), _new(n_genes)
-    wanted = d_logits.shape[0] > 0
+    wanted, shared = d_logits.shape[0] > 0, log_theta.shape[0] == 1
+    if shared:
+        _theta_of(log_theta[0], theta, inverse)
     for i in range(begin, end):
         c = i % n_cells
         library[0] = np.exp(np.float64(log_library[i]))
-        log_theta_i = log_theta[i % log_theta.shape[0]]
+        log_theta_i = log_theta[0 if shared else i]
         finite = _is_finite(values[indptr[c] : indptr[c + 1]]) and _is_finite(library) and _is_finite(logits[i])
         finite = finite and _is_finite(log_theta_i)
         if dropout is not None:
@@ -347,10 +349,8 @@ def _negative_binomial(
             continue
 
         _rate(logits[i], library[0], softmax, rate)
-        if i == begin or log_theta.shape[0] > 1:
-            for g in range(n_genes):
-                theta[g] = _exp(log_theta_i[g])
-                inverse[g] = _ONE / (theta[g] + _EPS)
+        if not shared:
+            _theta_of(log_theta_i, theta, inverse)
         _nb_of_zeros(n_genes, rate, theta, inverse, log_zero, d, d_theta_i)
         if dropout is not None:
             _inflate_zeros(n_genes, dropout[i], log_zero, d, d_theta_i, d_p)

@@ -58,10 +58,10 @@ def test_seeds_call(decoder_class, dispersion, z, log_library):
 
 
 @COUNT_DECODERS
-def test_heads_are_there_only_where_asked_for(decoder_class, z, log_library):
+def test_heads_are_there_only_where_asked_for(decoder_class, z):
     decoder = decoder_class(L, G, gene_cell=False, zero_inflation=False)
-    scale, r, _, dropout = decoder.eval().parameters_of_counts(z, log_library)
-    assert scale.shape == (B, G)
+    logits, r, dropout = decoder.eval().heads(z)
+    assert logits.shape == (B, G)
     assert r is None
     assert dropout is None
     assert {name.split(".")[0] for name, _ in decoder.named_parameters()} < {
@@ -97,11 +97,17 @@ def test_softplus_scale_is_positive_and_free_in_its_sum(decoder_class, z, log_li
 
 
 @COUNT_DECODERS
-def test_samples_are_independent(decoder_class, log_library):
+def test_the_scale_alone_is_that_of_all_heads(decoder_class):
+    decoder, codes, z = decoder_class(L, G, [3]).eval(), torch.arange(B) % 3, torch.randn(B, L)
+    assert_close(decoder.scale(z, codes), decoder.scale_activation(decoder.heads(z, codes)[0]), **FLOAT32)
+
+
+@COUNT_DECODERS
+def test_samples_are_independent(decoder_class):
     decoder, codes = decoder_class(L, G, [3]).eval(), torch.arange(B) % 3
-    z, log_library = torch.randn(S, B, L), log_library + torch.randn(S, B, 1)
-    together = decoder.parameters_of_counts(z, log_library, codes)
-    alone = [decoder.parameters_of_counts(z[s], log_library[s], codes) for s in range(S)]
+    z = torch.randn(S, B, L)
+    together = decoder.heads(z, codes)
+    alone = [decoder.heads(z[s], codes) for s in range(S)]
     for i, parameter in enumerate(together):
         assert_close(parameter, torch.stack([one[i] for one in alone]), **FLOAT32)
 
