@@ -59,7 +59,7 @@ def choose(name: str, device: str, dtype: torch.dtype) -> tuple[Callable | None,
         run = backend.LIKELIHOODS[name]
         deviation = max(_deviation(run, name, device, softmax) for softmax in (True, False))
     except Exception as error:  # whatever a compiler may raise: there is a formula that needs none
-        return None, f"plain formula of {name}, because its kernel does not compile here ({error})"
+        return None, f"plain formula of {name}, because its kernel does not run here ({error})"
     if not deviation < _TRUSTED:
         return None, f"plain formula of {name}, because its kernel deviates from it by {deviation:.1g} here"
     seconds = time.perf_counter() - started

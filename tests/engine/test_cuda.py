@@ -1,13 +1,17 @@
 """What the processor computes, a CUDA device computes too."""
 
+import io
+
 import numpy as np
 import pytest
+import scanpy as sc
 import torch
 
 import scvi_ext as sx
 from scvi_ext.data.blocks import Block
 from scvi_ext.data.registry import read_setup
 from scvi_ext.data.store import CellStore
+from scvi_ext.engine import graph
 
 pytestmark = [
     pytest.mark.cuda,
@@ -51,3 +55,40 @@ def test_a_fit_learns_and_goes_on_exactly(adata):
     after = adata.uns["scvi_ext"]["fits"]["scvi"]["state"]
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array)
+
+
+@pytest.mark.parametrize("options", [{}, {"library": "latent", "n_layers": 2, "reconstruction_loss": "nb"}], ids=str)
+def test_a_captured_step_is_the_step_to_the_last_bit(options, monkeypatch):
+    def state_of(adata):
+        sx.pp.setup_anndata(adata, batch_key="batch")
+        sx.tl.fit(adata, max_epochs=7, batch_size=32, device="cuda", seed=3, **options)  # 9 steps an epoch: 8 and 1
+        return adata.uns["scvi_ext"]["fits"]["scvi"]["state"]
+
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    data = {"n_cells_batch": 155, "n_genes": 80, "n_proteins": 0}
+    captured = state_of(sx.datasets.synthetic_iid(**data))
+    monkeypatch.setattr(graph, "_captured", refuse)
+    one_by_one = state_of(sx.datasets.synthetic_iid(**data))
+    for name, values in one_by_one.items():
+        np.testing.assert_array_equal(captured[name], values, err_msg=name)
+
+
+def test_a_step_that_cannot_be_captured_is_run_and_the_reason_logged(adata, monkeypatch):
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "_captured", refuse)
+    with monkeypatch.context() as patched:
+        patched.setattr(sc.settings, "verbosity", 3)
+        patched.setattr(sc.settings, "logfile", (said := io.StringIO()))
+        sx.tl.fit(adata, max_epochs=2, device="cuda")
+    assert "cannot be captured: operation not permitted when stream is capturing" in said.getvalue()
+
+
+def test_bfloat16_learns_the_same(adata):
+    sx.tl.fit(adata, max_epochs=10, device="cuda", key_added="float32")
+    sx.tl.fit(adata, max_epochs=10, device="cuda", key_added="bf16", precision="bf16")
+    a, b = (sx.get.history(adata, key)["elbo_validation"].iloc[-1] for key in ("float32", "bf16"))
+    np.testing.assert_allclose(b, a, rtol=0.02)  # two seeds differ by about as much
