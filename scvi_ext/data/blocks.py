@@ -95,6 +95,9 @@ class Block:
     def __init__(self, store: CellStore, device: torch.device, start: int = 0, stop: int | None = None):
         self.device = device
         counts = store.counts if start == 0 and stop is None else store.counts[start:stop]
+        if not counts.has_canonical_format:  # kernels go over each gene of a cell once
+            counts = counts.copy()
+            counts.sum_duplicates()
         self.counts = host_counts(counts) if device.type == "cpu" else DeviceCounts(counts, device)
         fields = ("batch_index", "labels", "size_factor", "categorical", "continuous", "protein")
         columns = {name: getattr(store, name) for name in fields}

@@ -1,4 +1,4 @@
-"""Count likelihoods and sparse products on the processor (numba).
+"""Count likelihoods on the processor (numba).
 
 Each likelihood goes once over the genes of a cell and writes its log-probability and every gradient. For most entries
 the count is zero, so the formula for zero is applied to all genes in a loop without branches, which vectorises, and
@@ -109,6 +109,16 @@ def _is_finite(row):
     bits = row.view(i4)
     for g in range(row.size):
         bad |= i4((bits[g] & i4(0x7F800000)) == i4(0x7F800000))
+    return bad == i4(0)
+
+
+@fast
+def _are_counts(values):
+    """Whether every entry is finite and not negative."""
+    bad = i4(0)
+    bits = values.view(i4)
+    for e in range(values.size):
+        bad |= i4((bits[e] & i4(0x7F800000)) == i4(0x7F800000)) | i4(bits[e] < i4(0) and bits[e] != i4(-0x80000000))
     return bad == i4(0)
 
 
@@ -336,7 +346,7 @@ def _negative_binomial(
         c = i % n_cells
         library[0] = np.exp(np.float64(log_library[i]))
         log_theta_i = log_theta[0 if shared else i]
-        finite = _is_finite(values[indptr[c] : indptr[c + 1]]) and _is_finite(library) and _is_finite(logits[i])
+        finite = _are_counts(values[indptr[c] : indptr[c + 1]]) and _is_finite(library) and _is_finite(logits[i])
         finite = finite and _is_finite(log_theta_i)
         if dropout is not None:
             finite = finite and _is_finite(dropout[i])
@@ -397,7 +407,7 @@ def _poisson(
     for i in range(begin, end):
         c = i % n_cells
         library[0] = np.exp(np.float64(log_library[i]))
-        if not (_is_finite(values[indptr[c] : indptr[c + 1]]) and _is_finite(library) and _is_finite(logits[i])):
+        if not (_are_counts(values[indptr[c] : indptr[c + 1]]) and _is_finite(library) and _is_finite(logits[i])):
             ll[i] = np.nan
             if wanted:
                 d_logits[i], d_library[i] = np.nan, np.nan

@@ -222,6 +222,7 @@ def _of_genes(genes, n_genes, x, logits, log_theta, dropout, library, top, i_tot
     count = tl.load(x + genes, mask=mask, other=0.0).to(tl.float32)
     logit = tl.load(logits + genes, mask=mask, other=0.0).to(tl.float32)
     nothing = 0.0 * (count + logit)  # NaN for what is not finite: comparisons and bits below would hide it
+    nothing += tl.where(count < 0, float("nan"), 0.0)
     if SOFTMAX:
         link = tl.exp(logit - top) * i_total
         mu = library * link

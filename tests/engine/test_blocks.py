@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -80,3 +82,14 @@ def test_columns_that_are_not_read_are_absent(registered):
     store = CellStore.from_adata(registered, read_setup(registered))
     cells = Block(store, CPU).minibatch(np.arange(3))
     assert {name for name, value in cells._asdict().items() if value is not None} == {"x", "batch_index"}
+
+
+def test_entries_that_a_matrix_holds_twice_are_added_up(store):
+    counts = store.counts
+    twice = sp.csr_matrix(
+        (np.repeat(counts.data, 2), np.repeat(counts.indices, 2), 2 * counts.indptr), shape=counts.shape
+    )
+    assert not twice.has_canonical_format
+    block = Block(replace(store, counts=twice), CPU)
+    np.testing.assert_array_equal(block.minibatch(np.arange(5)).x.to_dense(), 2 * counts[:5].toarray())
+    assert twice.nnz == 2 * counts.nnz  # the store is as it was
