@@ -1,4 +1,4 @@
-"""How steps are run. A stand-in for CUDA graphs shows that a captured run is the run step by step; see test_cuda too."""
+"""How steps are run. With a stand-in for CUDA graphs, a captured run is the run step by step; see test_cuda too."""
 
 from __future__ import annotations
 
