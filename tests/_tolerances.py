@@ -40,3 +40,19 @@ TRUNCATED_SUM = {"rtol": 0.0, "atol": 1e-8}
 
 # Trapezoid rule on an analytic integrand that has vanished at both ends: exponentially small error, so only roundings.
 QUADRATURE = {"rtol": 1e-8, "atol": 1e-10}
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+# A float32 kernel against the formula in float64, of the largest entry of a tensor: some tens of roundings of 6e-8 in
+# sums over up to 2,000 genes.
+COUNT_KERNEL_OF_LARGEST = 2e-6
+
+# The same entry by entry, of 1 + the size of the terms that an entry is made of: some tens of roundings of 6e-8.
+COUNT_KERNEL = 2e-6
+
+# Loss and gradients of a float32 module with kernels against the same module in float64: some tens of roundings of
+# 6e-8 through three layers, of the largest gradient of all parameters.
+MODULE_WITH_KERNEL = {"rtol": 2e-5, "atol": 1e-5}
+
+# Held-out ELBO after three epochs: the first roundings differ, and 12 steps of Adam carry them on.
+FIT_WITH_KERNEL = {"rtol": 1e-3}

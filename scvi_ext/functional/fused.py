@@ -57,7 +57,7 @@ def choose(name: str, device: str, dtype: torch.dtype) -> tuple[Callable | None,
         if name not in backend.LIKELIHOODS:
             return None, f"plain formula of {name}, for which there is no kernel"
         run = backend.LIKELIHOODS[name]
-        deviation = max(_deviation(run, name, device, softmax) for softmax in (True, False))
+        deviation = np.max([_deviation(run, name, device, softmax) for softmax in (True, False)])
     except Exception as error:  # whatever a compiler may raise: there is a formula that needs none
         return None, f"plain formula of {name}, because its kernel does not run here ({error})"
     if not deviation < _TRUSTED:
@@ -110,7 +110,8 @@ def log_likelihood(
 def _own(outputs: Tensor) -> Tensor:
     """The rows of a decoder's outputs, which a kernel may overwrite; a copy of what is no output."""
     rows = outputs.flatten(0, -2).contiguous()
-    return rows.clone() if outputs.is_leaf else rows
+    origin = outputs if outputs._base is None else outputs._base  # of a view
+    return rows.clone() if origin.is_leaf else rows
 
 
 class _LogLikelihood(torch.autograd.Function):
@@ -139,6 +140,7 @@ class _LogLikelihood(torch.autograd.Function):
         return None, None, None, d_logits, d_library, d_theta, d_dropout
 
 
+@torch.enable_grad()  # a read-out may be the first to ask
 def _deviation(run: Callable, name: str, device: str, softmax: bool) -> float:
     """Largest deviation of a kernel from the formula in float64 on a few cells, relative to the largest entry."""
     rng = np.random.default_rng(0)
@@ -160,8 +162,8 @@ def _deviation(run: Callable, name: str, device: str, softmax: bool) -> float:
 
     fused = [leaf.to(device).requires_grad_() if is_used else None for leaf, is_used in zip(leaves, used, strict=True)]
     rows = SparseRows.from_dense(x) if device == "cpu" else x.to(device)
-    with torch.enable_grad():
-        log_p = log_likelihood(run, rows, softmax, *fused)
-        found = [log_p.detach(), *torch.autograd.grad(log_p.mean(), [leaf for leaf in fused if leaf is not None])]
+    log_p = log_likelihood(run, rows, softmax, *fused)
+    found = [log_p.detach(), *torch.autograd.grad(log_p.mean(), [leaf for leaf in fused if leaf is not None])]
     pairs = zip(found, expected, strict=True)
-    return max(float((f.cpu().double() - e).abs().max() / e.abs().max()) for f, e in pairs)
+    # numpy's maximum is NaN where there is one; Python's may pass it over.
+    return float(np.max([float((f.cpu().double() - e).abs().max() / e.abs().max()) for f, e in pairs]))

@@ -253,15 +253,15 @@ def _of_small_counts(n, x, mu, theta, inverse, ll, d, d_theta):
 
 @fast
 def _excess(r, q, inverse):
-    """log1p(r) - r q theta / (theta + eps), without cancellation for small r."""
+    """log1p(r) - r q theta / (theta + eps), without cancellation for small and for large r."""
     w = _ONE + r
     k = _exponent(w)
     m = i4(f4(w).view(i4) - (k << i4(23))).view(f4) - _ONE
     f = r if k == i4(0) else m
     series = f * f * _log_series(f)
-    exact = r * q * (r + _EPS * inverse)
-    rest = f + f4(k) * f4(0.6931472) - r + exact
-    return series + (exact if k == i4(0) else rest)
+    small = r * q * (r + _EPS * inverse)
+    large = f + f4(k) * f4(0.6931472) - r * q * (_ONE - _EPS * inverse)
+    return series + (small if k == i4(0) else large)
 
 
 # ---- the likelihoods ----------------------------------------------------------------------------------------------
@@ -346,8 +346,8 @@ def _negative_binomial(
         c = i % n_cells
         library[0] = np.exp(np.float64(log_library[i]))
         log_theta_i = log_theta[0 if shared else i]
-        finite = _are_counts(values[indptr[c] : indptr[c + 1]]) and _is_finite(library) and _is_finite(logits[i])
-        finite = finite and _is_finite(log_theta_i)
+        finite = _are_counts(values[indptr[c] : indptr[c + 1]]) and _is_finite(logits[i]) and _is_finite(log_theta_i)
+        finite = finite and _is_finite(log_library[i : i + 1]) and _is_finite(library)
         if dropout is not None:
             finite = finite and _is_finite(dropout[i])
         if not finite:
@@ -364,17 +364,18 @@ def _negative_binomial(
         _nb_of_zeros(n_genes, rate, theta, inverse, log_zero, d, d_theta_i)
         if dropout is not None:
             _inflate_zeros(n_genes, dropout[i], log_zero, d, d_theta_i, d_p)
-        total = np.float64(_sum(log_zero))
 
         n_small, n = _split(indptr[c], indptr[c + 1], genes, values, where, x)
         for k in range(n):
             g = where[k]
             mu[k], th[k], iv[k] = rate[g], theta[g], inverse[g]
+            log_zero[g] = _ZERO  # not taken off the sum later, which would leave its rounding there
+        total = np.float64(_sum(log_zero))
         _of_small_counts(n_small, x, mu, th, iv, log_nb, d_mu, d_th)
         _of_large_counts(n_small, n, x, mu, th, iv, log_nb, d_mu, d_th)
         for k in range(n):
             g = where[k]
-            total += log_nb[k] - log_zero[g]
+            total += log_nb[k]
             d[g], d_theta_i[g] = d_mu[k], d_th[k]
         if dropout is not None:
             for k in range(n):
@@ -407,7 +408,8 @@ def _poisson(
     for i in range(begin, end):
         c = i % n_cells
         library[0] = np.exp(np.float64(log_library[i]))
-        if not (_are_counts(values[indptr[c] : indptr[c + 1]]) and _is_finite(library) and _is_finite(logits[i])):
+        finite = _are_counts(values[indptr[c] : indptr[c + 1]]) and _is_finite(logits[i])
+        if not (finite and _is_finite(log_library[i : i + 1]) and _is_finite(library)):
             ll[i] = np.nan
             if wanted:
                 d_logits[i], d_library[i] = np.nan, np.nan
