@@ -118,7 +118,7 @@ class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, softmax, logits, log_library, log_theta, dropout):
         # A loss is minus the mean over cells: gradients that are made for that need not be scaled afterwards.
-        ctx.weight = -1 / len(logits)
+        ctx.weight = -1 / max(len(logits), 1)
         log_p, *gradients = run(x, softmax, logits, log_library, log_theta, dropout, ctx.weight, True)
         ctx.shared_theta = log_theta is not None and log_theta.dim() == 1
         ctx.save_for_backward(*gradients)
@@ -140,7 +140,8 @@ class _LogLikelihood(torch.autograd.Function):
         return None, None, None, d_logits, d_library, d_theta, d_dropout
 
 
-@torch.enable_grad()  # a read-out may be the first to ask
+@torch.inference_mode(mode=False)  # a read-out may be the first to ask
+@torch.enable_grad()
 def _deviation(run: Callable, name: str, device: str, softmax: bool) -> float:
     """Largest deviation of a kernel from the formula in float64 on a few cells, relative to the largest entry."""
     rng = np.random.default_rng(0)

@@ -196,10 +196,11 @@ def _log64(w, low):
 
 
 @fast
-def _of_large_counts(begin, end, x, mu, theta, inverse, ll, d, d_theta):
+def _of_large_counts(begin, end, x, mu, theta, ll, d, d_theta):
     """For any x > 0, in float64: eight factors are split off each gamma function, Stirling's series does the rest."""
     for k in range(begin, end):
-        xk, th, iv = np.float64(x[k]), np.float64(theta[k]), np.float64(inverse[k])
+        xk, th = np.float64(x[k]), np.float64(theta[k])
+        iv = 1.0 / (th + 1e-8)
         above, below, factorial, digammas = 1.0, 1.0, 1.0, 0.0
         for j in range(8):
             above *= th + j
@@ -372,7 +373,7 @@ def _negative_binomial(
             log_zero[g] = _ZERO  # not taken off the sum later, which would leave its rounding there
         total = np.float64(_sum(log_zero))
         _of_small_counts(n_small, x, mu, th, iv, log_nb, d_mu, d_th)
-        _of_large_counts(n_small, n, x, mu, th, iv, log_nb, d_mu, d_th)
+        _of_large_counts(n_small, n, x, mu, th, log_nb, d_mu, d_th)
         for k in range(n):
             g = where[k]
             total += log_nb[k]

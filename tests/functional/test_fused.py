@@ -192,3 +192,9 @@ def test_gradients_of_two_losses_add_up():
     expected = torch.autograd.grad((log_p * (torch.arange(4.0) - 0.25)).sum(), inputs)
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b)
+
+
+def test_a_read_out_may_be_the_first_to_ask():
+    with torch.inference_mode():
+        run, sentence = fused.choose.__wrapped__("zinb", "cpu", torch.float32)
+    assert run is not None, sentence
