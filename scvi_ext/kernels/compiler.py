@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 _ENTERED = threading.Lock()
 
 
+# Products and sums may be fused into one instruction, and nothing else. Sums in particular must not be reordered: numba
+# optimises what it keeps on disk once more, so the first process on a machine would differ from all later ones.
+_ARITHMETIC = {"fastmath": {"contract"}, "error_model": "numpy"}
+
+
 def fast(function: Callable) -> Callable:
-    """A piece of a kernel: it becomes part of the loop that calls it. Floating point may be reordered."""
-    return numba.njit(function, fastmath=True, error_model="numpy", inline="always")
+    """A piece of a kernel: it becomes part of the loop that calls it."""
+    return numba.njit(function, inline="always", **_ARITHMETIC)
 
 
 def kernel(function: Callable) -> Callable:
-    """A kernel on one thread. Floating point may be reordered, and NaN and infinity are not reliably noticed."""
-    return _on_disk(function, fastmath=True, error_model="numpy")
+    """A kernel on one thread."""
+    return _on_disk(function, **_ARITHMETIC)
 
 
 def parallel(function: Callable) -> Callable:
