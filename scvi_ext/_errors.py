@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without the pages that may follow."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class ScviExtWarning(UserWarning):
     """Category of every warning of this package, so that it can be silenced or raised alone."""
 

@@ -64,11 +64,16 @@ def check_precision(precision: str, device: torch.device) -> str:
         If it is unknown, or the device has no bfloat16 arithmetic.
     """
     one_of("precision", precision, PRECISIONS)
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if precision == "bf16" and not able:
+    if precision == "bf16" and not _has_bf16(device):
         msg = f"precision='bf16' was asked for, and {device} has no bfloat16 arithmetic: use precision='float32'."
         raise ValueError(msg)
     return precision
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextmanager
@@ -78,10 +83,11 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     float32 allows TF32 on CUDA (10 bits of mantissa in the inputs of a product, float32 everywhere else), bf16 takes
     bfloat16 inputs (7 bits). Sums, parameters and likelihoods are float32 in any case.
     """
+    if device.type == "cpu" and precision == "float32":
+        yield
+        return
     products = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    allowed = "tf32" if device.type == "cuda" else "bf16" if precision == "bf16" else products.fp32_precision
-    before = products.fp32_precision
-    products.fp32_precision = allowed
+    before, products.fp32_precision = products.fp32_precision, "tf32" if device.type == "cuda" else "bf16"
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from scvi_ext._errors import first_line
 from scvi_ext.engine.checkpoint import Snapshot, generator_arrays, load_generators
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def make_runner(step: TrainingStep) -> tuple[Runner, str, float]:
     generators = generator_arrays(step.block.device)
     try:
         if step.block.device.type != "cuda":
-            return _one_by_one(step), "", _seconds(lambda: _rehearse(step))
+            return _one_by_one(step), "", _seconds(_rehearsal(step))
         snapshot, sums, cursor = Snapshot(step.module, step.optimizer), step.sums.clone(), step.cursor.clone()
         try:
             return _captured(step)
         except RuntimeError as error:  # torch names the operation that cannot be captured
-            reason = f"step by step, because a step cannot be captured: {str(error).splitlines()[0]}"
-            return _one_by_one(step), reason, _seconds(lambda: _rehearse(step))
+            reason = f"step by step, because a step cannot be captured: {first_line(error)}"
+            return _one_by_one(step), reason, _seconds(_rehearsal(step))
         finally:
             torch.cuda.synchronize(step.block.device)
             step.optimizer.zero_grad(set_to_none=True)
@@ -90,12 +91,16 @@ def _captured(step: TrainingStep) -> tuple[Runner, str, float]:
     return run, f"{_UNROLLED} steps per CUDA graph", _seconds(replay)
 
 
-def _rehearse(step: TrainingStep) -> None:
+def _rehearsal(step: TrainingStep) -> Callable[[], None]:
     """Forward and backward of one minibatch on a copy of the module."""
     module = copy.deepcopy(step.module)
-    module.loss(step.block.minibatch(step.rows[0])).total.backward()
-    if step.block.device.type == "cuda":
-        torch.cuda.synchronize(step.block.device)
+
+    def rehearse() -> None:
+        module.loss(step.block.minibatch(step.rows[0])).total.backward()
+        if step.block.device.type == "cuda":
+            torch.cuda.synchronize(step.block.device)
+
+    return rehearse
 
 
 def _seconds(run: Callable[[], None]) -> float:

@@ -97,7 +97,9 @@ def _suitable_batch_size(device: torch.device, floats_per_cell: int) -> int:
         floats = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) // 4
     else:
         cells, floats = _HOST_CELLS, _HOST_FLOATS
-    return max(1, min(settings.batch_size or cells, floats // floats_per_cell))
+    if settings.batch_size is not None:
+        cells = whole_number("settings.batch_size", settings.batch_size, 1)
+    return max(1, min(cells, floats // floats_per_cell))
 
 
 class _Copies:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from scvi_ext._contract import Expression
+from scvi_ext._errors import first_line
 from scvi_ext.functional.counts import LIKELIHOODS
 from scvi_ext.kernels.sparse import SparseRows
 
@@ -59,7 +60,7 @@ def choose(name: str, device: str, dtype: torch.dtype) -> tuple[Callable | None,
         run = backend.LIKELIHOODS[name]
         deviation = np.max([_deviation(run, name, device, softmax) for softmax in (True, False)])
     except Exception as error:  # whatever a compiler may raise: there is a formula that needs none
-        return None, f"plain formula of {name}, because its kernel does not run here ({error})"
+        return None, f"plain formula of {name}, because its kernel does not run here ({first_line(error)})"
     if not deviation < _TRUSTED:
         return None, f"plain formula of {name}, because its kernel deviates from it by {deviation:.1g} here"
     seconds = time.perf_counter() - started

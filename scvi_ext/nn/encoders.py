@@ -55,8 +55,9 @@ class Encoder(nn.Module):
     def posterior(self, x: Tensor, *cat_list: Tensor) -> Posterior:
         """q(z | x) of shape (B, n_output): variance exp(linear) + 1e-4."""
         h = self.encoder(x, *cat_list)  # (B, n_hidden)
-        var = torch.exp(self.var_encoder(h).clamp(max=_MAX_LOG_VAR)) + _VAR_EPS
-        return Posterior(self.mean_encoder(h), torch.sqrt(var))
+        dtype = self.mean_encoder.weight.dtype  # casts end here: z and its likelihoods have the parameters' precision
+        loc, log_var = self.mean_encoder(h).to(dtype), self.var_encoder(h).to(dtype)
+        return Posterior(loc, torch.sqrt(torch.exp(log_var.clamp(max=_MAX_LOG_VAR)) + _VAR_EPS))
 
     def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and one sample, each of shape (B, n_output)."""

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import scvi_ext as sx
+from scvi_ext._contract import Minibatch
 from scvi_ext.engine.device import arithmetic, check_precision
+from scvi_ext.models.scvi import VAE
 
 CPU = torch.device("cpu")
-HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="needs a processor with bfloat16 instructions")
 
 
@@ -21,7 +23,7 @@ def test_unknown_precision(registered):
 
 
 def test_a_processor_without_bfloat16_says_so(registered, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cpu has no bfloat16 arithmetic: use precision='float32'"):
         sx.tl.fit(registered, max_epochs=1, precision="bf16")
     assert check_precision("float32", CPU) == "float32"
@@ -69,3 +71,21 @@ def test_a_resumed_run_keeps_its_precision(registered):
         sx.tl.fit(registered, resume=True, precision="bf16")
     sx.tl.fit(registered, resume=True)
     assert registered.uns["scvi_ext"]["fits"]["scvi"]["run"]["precision"] == "bf16"
+
+
+def test_under_casts_the_posterior_has_the_precision_of_the_parameters():
+    module = VAE(50, 2, library="latent", library_log_means=[4.0, 4.0], library_log_vars=[1.0, 1.0])
+    cells = Minibatch(torch.ones(8, 50), torch.zeros(8, dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16):
+        qz, ql = module.posteriors(cells)
+        z, log_library = module.draw(cells, (qz, ql))
+        logits, _, _ = module._heads(z, cells)
+    assert {t.dtype for t in (*qz, *ql, z, log_library)} == {torch.float32}  # or else no kernel would be chosen
+    assert logits.dtype == torch.bfloat16
+
+
+def test_a_processor_without_onednn_is_asked_nothing(monkeypatch):
+    monkeypatch.setattr(torch.backends, "mkldnn", None)
+    assert check_precision("float32", CPU) == "float32"
+    with arithmetic(CPU, "float32"):
+        pass
