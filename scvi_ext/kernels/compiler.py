@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numba
 import torch
+from numba import types
+from numba.extending import intrinsic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +23,18 @@ _ENTERED = threading.Lock()
 # Products and sums may be fused into one instruction, and nothing else. Sums in particular must not be reordered: numba
 # optimises what it keeps on disk once more, so the first process on a machine would differ from all later ones.
 _ARITHMETIC = {"fastmath": {"contract"}, "error_model": "numpy"}
+
+
+@intrinsic
+def widest_vectors(typing_context):
+    """Let the function that calls this use vectors of 512 bits where the processor has them; LLVM keeps to 256."""
+
+    def generate(context, builder, signature, args):
+        # llvmlite lists the attributes that it knows, and this one, which takes a value, is not among them.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def fast(function: Callable) -> Callable:

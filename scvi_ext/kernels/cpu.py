@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from scvi_ext.kernels.compiler import arrays, fast, in_parallel, kernel, parallel
+from scvi_ext.kernels.compiler import arrays, fast, in_parallel, kernel, parallel, widest_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -339,6 +339,7 @@ def _negative_binomial(
     ll, d_logits, d_library, d_theta, d_dropout,
 ):  # fmt: skip
     """(Zero-inflated, where ``dropout`` is given) negative binomial for the rows from ``begin`` to ``end``."""
+    widest_vectors()
     n_genes, n_cells = logits.shape[1], indptr.size - 1
     rate, theta, inverse, library, lanes = _new(n_genes), _new(n_genes), _new(n_genes), _new(1), _new(16)
     log_zero, d, d_theta_i, d_p = _new(n_genes), _new(n_genes), _new(n_genes), _new(n_genes)
@@ -408,6 +409,7 @@ def _poisson(
     begin, end, indptr, genes, values, logits, log_library, softmax, weight, ll, d_logits, d_library
 ):  # fmt: skip
     """Poisson distribution for the rows from ``begin`` to ``end``."""
+    widest_vectors()
     n_genes, n_cells = logits.shape[1], indptr.size - 1
     rate, d, library, lanes = _new(n_genes), _new(n_genes), _new(1), _new(16)
     wanted = d_logits.shape[0] > 0

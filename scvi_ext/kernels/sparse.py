@@ -10,7 +10,7 @@ import torch
 from numba import prange
 from torch.autograd.function import once_differentiable
 
-from scvi_ext.kernels.compiler import arrays, in_parallel, kernel, parallel
+from scvi_ext.kernels.compiler import arrays, fast, in_parallel, kernel, parallel, widest_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,13 +140,26 @@ def _fill(indptr, genes, values, dense):
             dense[i, genes[e]] += values[e]
 
 
+@fast
+def _add_products(begin, end, rows, values, matrix, out):
+    """Add the rows of ``matrix`` that the entries name to ``out``, four at a time, so that it is touched less often."""
+    widest_vectors()
+    fours = begin + (end - begin) // 4 * 4
+    for e in range(begin, fours, 4):
+        v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
+        r0, r1, r2, r3 = matrix[rows[e]], matrix[rows[e + 1]], matrix[rows[e + 2]], matrix[rows[e + 3]]
+        for h in range(out.size):
+            out[h] += (v0 * r0[h] + v1 * r1[h]) + (v2 * r2[h] + v3 * r3[h])
+    for e in range(fours, end):
+        v, r = values[e], matrix[rows[e]]
+        for h in range(out.size):
+            out[h] += v * r[h]
+
+
 @kernel
 def _multiply(begin, end, indptr, genes, values, weight, out):
     for i in range(begin, end):
-        for e in range(indptr[i], indptr[i + 1]):
-            v, w = values[e], weight[genes[e]]
-            for h in range(out.shape[1]):
-                out[i, h] += v * w[h]
+        _add_products(indptr[i], indptr[i + 1], genes, values, weight, out[i])
 
 
 @kernel
@@ -166,12 +179,8 @@ def _by_gene(indptr, genes, values, starts, cells, by_gene):
 @kernel
 def _multiply_gradient(begin, end, starts, cells, values, d_out, d_weight):
     for g in range(begin, end):
-        row = d_weight[g]
-        row[:] = 0
-        for e in range(starts[g], starts[g + 1]):
-            v, d = values[e], d_out[cells[e]]
-            for h in range(row.size):
-                row[h] += v * d[h]
+        d_weight[g] = 0
+        _add_products(starts[g], starts[g + 1], cells, values, d_out, d_weight[g])
 
 
 @parallel
