@@ -115,4 +115,5 @@ class Block:
         """The cells at these positions."""
         if isinstance(rows, np.ndarray):
             rows = self.rows(rows)
-        return Minibatch(self.counts.rows(rows), **{name: column[rows] for name, column in self.columns.items()})
+        columns = {name: column.index_select(0, rows) for name, column in self.columns.items()}
+        return Minibatch(self.counts.rows(rows), **columns)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scvi_ext.engine.device import autocast
+from scvi_ext.kernels.adam import Adam
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +44,11 @@ class TrainingStep:
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.tensor(plan.lr, device=device)
         self.sums = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
-        self.optimizer = torch.optim.Adam(
-            module.parameters(),
+        self.parameters = list(module.parameters())
+        on_host = device.type == "cpu" and all(p.dtype == torch.float32 for p in self.parameters)
+        adam = Adam if on_host else torch.optim.Adam
+        self.optimizer = adam(
+            self.parameters,
             lr=self.lr,
             eps=_ADAM_EPS,
             weight_decay=plan.weight_decay,
@@ -65,7 +69,8 @@ class TrainingStep:
         self.lr.copy_(lr)
         with autocast(self.block.device, self.precision):
             loss = self.module.loss(self.block.minibatch(rows), kl_weight=kl_weight)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.total.backward()
         self.optimizer.step()
         self.sums += sums_of_parts(loss)

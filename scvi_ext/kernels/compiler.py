@@ -60,14 +60,15 @@ def _on_disk(function: Callable, **options: object) -> Callable:
         return numba.njit(function, nogil=True, **options)
 
 
-def in_parallel(function: Callable, *args: object) -> None:
-    """Call ``function(parts, *args)`` on as many threads as torch uses."""
+def in_parallel(function: Callable, *args: object) -> object:
+    """Call ``function(parts, *args)`` on as many threads as torch uses, and return what it does."""
     n_threads = torch.get_num_threads()
     with _ENTERED:
         numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
-        function(n_threads, *args)
+        result = function(n_threads, *args)
     if torch.get_num_threads() != n_threads:  # numba's first parallel call sets the number of OpenMP threads
         torch.set_num_threads(n_threads)
+    return result
 
 
 def arrays(*tensors: Tensor | None) -> list[np.ndarray | None]:

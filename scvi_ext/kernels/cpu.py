@@ -300,10 +300,12 @@ def _inflate_zeros(n, logits, ll, d, d_theta, d_dropout):
         p, log_nb = logits[g], ll[g]
         u = p - log_nb
         e1, e2 = _exp(-abs(u)), _exp(-abs(p))
-        i1, i2 = _ONE / (_ONE + e1), _ONE / (_ONE + e2)
+        w1, w2 = _ONE + e1, _ONE + e2
+        inverse = _ONE / (w1 * w2)  # one division for two
+        i1, i2 = w2 * inverse, w1 * inverse
         sampled = e1 * i1 if u > _ZERO else i1  # P(a zero is of the negative binomial)
         not_inflated = e2 * i2 if p > _ZERO else i2
-        ll[g] = (p if u > _ZERO else log_nb) - (p if p > _ZERO else _ZERO) + _log((_ONE + e1) * i2)
+        ll[g] = (p if u > _ZERO else log_nb) - (p if p > _ZERO else _ZERO) + _log(w1 * i2)
         d[g] *= sampled
         d_theta[g] *= sampled
         d_dropout[g] = not_inflated - sampled

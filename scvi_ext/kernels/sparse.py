@@ -53,7 +53,8 @@ class SparseRows:
 
     def rows(self, rows: Tensor) -> SparseRows:
         """The rows at these positions."""
-        indptr, genes, values = map(torch.from_numpy, _gather(*arrays(self.indptr, self.genes, self.values, rows)))
+        gathered = in_parallel(_gather_in_parts, *arrays(self.indptr, self.genes, self.values, rows))
+        indptr, genes, values = map(torch.from_numpy, gathered)
         return replace(self, indptr=indptr, genes=genes, values=values)
 
     def log1p(self) -> SparseRows:
@@ -111,16 +112,23 @@ class _Product(torch.autograd.Function):
 
 
 @kernel
-def _gather(indptr, genes, values, rows):
-    new_indptr = np.zeros(rows.size + 1, np.int64)
-    for i in range(rows.size):
+def _copy_rows(begin, end, indptr, genes, values, rows, new_indptr, new_genes, new_values):
+    for i in range(begin, end):
+        first, last = indptr[rows[i]], indptr[rows[i] + 1]
+        new_genes[new_indptr[i] : new_indptr[i + 1]] = genes[first:last]
+        new_values[new_indptr[i] : new_indptr[i + 1]] = values[first:last]
+
+
+@parallel
+def _gather_in_parts(parts, indptr, genes, values, rows):
+    n = rows.size
+    new_indptr = np.zeros(n + 1, np.int64)
+    for i in range(n):
         new_indptr[i + 1] = new_indptr[i] + indptr[rows[i] + 1] - indptr[rows[i]]
     new_genes, new_values = np.empty(new_indptr[-1], np.int32), np.empty(new_indptr[-1], np.float32)
-    for i in range(rows.size):
-        begin, shift = indptr[rows[i]], new_indptr[i] - indptr[rows[i]]
-        for e in range(begin, indptr[rows[i] + 1]):
-            new_genes[e + shift] = genes[e]
-            new_values[e + shift] = values[e]
+    for part in prange(parts):
+        begin, end = part * n // parts, (part + 1) * n // parts
+        _copy_rows(begin, end, indptr, genes, values, rows, new_indptr, new_genes, new_values)
     return new_indptr, new_genes, new_values
 
 

@@ -10,6 +10,7 @@ import scvi_ext as sx
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.engine import fit as engine
 from scvi_ext.engine.plan import Plan
+from scvi_ext.kernels.adam import Adam
 from scvi_ext.models.scvi import VAE
 
 RUN = {"max_epochs": 5, "batch_size": 50, "n_hidden": 8, "n_latent": 2}  # 181 cells: 4 steps in an epoch, 20 in all
@@ -20,7 +21,7 @@ STEPS = 4
 def watched(registered, monkeypatch):
     """A fit, with what the loss was given and gave: a list of the training steps and one of the evaluations."""
     training, evaluation, rates = [], [], []
-    loss, step = VAE.loss, torch.optim.Adam.step
+    loss, step = VAE.loss, Adam.step
 
     def watched_loss(module, cells, **options):
         result = loss(module, cells, **options)
@@ -39,7 +40,7 @@ def watched(registered, monkeypatch):
         return step(optimizer, *args)
 
     monkeypatch.setattr(VAE, "loss", watched_loss)
-    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    monkeypatch.setattr(Adam, "step", watched_step)
     sx.tl.fit(registered, **RUN)
     return registered, training, evaluation, rates
 
