@@ -289,9 +289,7 @@ def agreement(latent: np.ndarray, cell_types: pd.Series) -> dict[str, float]:
     k-means with as many clusters as there are types (mean over five starts), and Leiden over a sweep of resolutions: at
     the one whose number of clusters is nearest to that of the types, and at the best one.
     """
-    known = np.flatnonzero(cell_types.astype(str) != "Unknown")
-    known = known[random_cells(len(known), MAX_JUDGED)]
-    latent, types = latent[known], cell_types.iloc[known].astype(str).to_numpy()
+    latent, types = _of_known_type(latent, cell_types)
     n_types = len(set(types))
     clusterings = [KMeans(n_types, n_init=3, random_state=s).fit_predict(latent) for s in range(5)]
     sweep = leiden_sweep(latent)
@@ -304,8 +302,20 @@ def agreement(latent: np.ndarray, cell_types: pd.Series) -> dict[str, float]:
         "clusters": len(set(matched)),
         "best Leiden ARI": max(adjusted_rand_score(types, labels) for labels in sweep),
         "best Leiden NMI": max(normalized_mutual_info_score(types, labels) for labels in sweep),
-        "silhouette": silhouette_score(latent, types, sample_size=min(5000, len(latent)), random_state=0),
+        "silhouette": silhouette(latent, types),
     }
+
+
+def silhouette(latent: np.ndarray, cell_types: np.ndarray | pd.Series) -> float:
+    """Mean silhouette width of the cell types, of 5,000 cells at most; cells called Unknown do not count."""
+    latent, types = _of_known_type(latent, pd.Series(cell_types))
+    return silhouette_score(latent, types, sample_size=min(5000, len(latent)), random_state=0)
+
+
+def _of_known_type(latent: np.ndarray, cell_types: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    known = np.flatnonzero(cell_types.astype(str) != "Unknown")
+    known = known[random_cells(len(known), MAX_JUDGED)]
+    return latent[known], cell_types.iloc[known].astype(str).to_numpy()
 
 
 def leiden_sweep(latent: np.ndarray) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from scvi_ext._contract import Minibatch
+from scvi_ext._errors import first_line
 from scvi_ext.kernels.sparse import SparseRows
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class DeviceCounts:
         self.values = torch.from_numpy(np.append(counts.data, 0).astype(np.float32)).to(device)
         width = int(np.diff(counts.indptr).max(initial=0))
         self.lane = torch.arange(width, device=device)
-        self.gather = self._kernel() if device.type == "cuda" else None
+        self.gather, self.note = self._kernel() if device.type == "cuda" else (None, "")
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Dense rows, shape (B, G), float32."""
@@ -65,8 +66,8 @@ class DeviceCounts:
         x = torch.zeros(len(rows), self.n_genes, device=values.device)
         return x.scatter_add_(1, self.genes[position].long(), values)
 
-    def _kernel(self) -> Callable | None:
-        """The kernel that gathers in one go, if it compiles here and gives the same rows."""
+    def _kernel(self) -> tuple[Callable | None, str]:
+        """The kernel that gathers in one go, if it compiles here and gives the same rows, and why it is not used."""
         try:
             from scvi_ext.kernels.cuda import gather_rows
 
@@ -74,9 +75,11 @@ class DeviceCounts:
             expected = self.rows_by_torch(some)
             found = torch.full_like(expected, torch.nan)
             gather_rows(self.indptr, self.genes, self.values, some, found)
-        except Exception:  # no triton, or whatever its compiler may raise
-            return None
-        return gather_rows if torch.equal(found, expected) else None
+        except Exception as error:  # no triton, or whatever its compiler may raise
+            return None, f"cells gathered without a kernel, which does not run here ({first_line(error)})"
+        if not torch.equal(found, expected):
+            return None, "cells gathered without a kernel, which gives other rows here"
+        return gather_rows, ""
 
 
 class Block:
@@ -99,6 +102,7 @@ class Block:
             counts = counts.copy()
             counts.sum_duplicates()
         self.counts = host_counts(counts) if device.type == "cpu" else DeviceCounts(counts, device)
+        self.note = "" if device.type == "cpu" else self.counts.note
         fields = ("batch_index", "labels", "size_factor", "categorical", "continuous", "protein")
         columns = {name: getattr(store, name) for name in fields}
         self.columns = {

@@ -115,7 +115,7 @@ def fit(
         run, how, seconds_per_step = make_runner(step)
         # A held-out cell costs about a third of a trained one: forward without backward.
         steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * plan.batch_size * plan.steps_per_epoch))
-        announce(seconds_per_step * steps, how)
+        announce(seconds_per_step * steps, ", ".join(filter(None, (how, block.note))))
         _train(step, run, plan, progress, store, train, validation, seed, patience, show_progress)
     progress.stop_reason = progress.stop_reason or "finished"
     progress.sums = step.sums.tolist()

@@ -30,8 +30,9 @@ def widest_vectors(typing_context):
     """Let the function that calls this use vectors of 512 bits where the processor has them; LLVM keeps to 256."""
 
     def generate(context, builder, signature, args):
-        # llvmlite lists the attributes that it knows, and this one, which takes a value, is not among them.
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        # The set refuses what is not on llvmlite's list, and this one, which takes a value, is not.
+        if isinstance(builder.function.attributes, set):
+            set.add(builder.function.attributes, '"prefer-vector-width"="512"')
         return context.get_dummy_value()
 
     return types.void(), generate

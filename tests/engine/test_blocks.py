@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +48,35 @@ def test_device_counts_do_not_change_the_matrix():
     before = matrix.copy()
     DeviceCounts(matrix, CPU).rows(torch.arange(40))
     assert (matrix != before).nnz == 0
+
+
+def fails(*args):
+    msg = "no such device\nand pages of it"
+    raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize(
+    ("gather", "note"),
+    [
+        (fails, "cells gathered without a kernel, which does not run here (no such device)"),
+        (
+            lambda indptr, genes, values, rows, x: x.zero_(),
+            "cells gathered without a kernel, which gives other rows here",
+        ),
+        (None, ""),
+    ],
+    ids=["fails", "wrong", "right"],
+)
+def test_a_gather_kernel_is_used_only_if_it_gathers_the_same_rows(gather, note, monkeypatch):
+    store = DeviceCounts(counts("full"), CPU)
+
+    def right(indptr, genes, values, rows, x):
+        x.copy_(store.rows_by_torch(rows))
+
+    monkeypatch.setitem(sys.modules, "scvi_ext.kernels.cuda", SimpleNamespace(gather_rows=gather or right))
+    kernel, why = store._kernel()
+    assert why == note
+    assert (kernel is None) == bool(note)
 
 
 @pytest.fixture
