@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "nn": F0 | F1,
     "models": F0 | F1 | {"nn"},
     "data": F0 | {"kernels"},  # minibatches of sparse rows
-    "engine": F0 | {"data"},
+    "engine": F0 | {"kernels", "data"},
     "results": F0,  # writes into an AnnData
     "fitted": BELOW_F5,  # reads a fit out of an AnnData
     **{room: BELOW_F5 | {"results", "fitted"} for room in F6 - {"pl"}},
