@@ -84,6 +84,9 @@ class ModelSpec:
     needs: Callable[[Any], frozenset[str]]  # config -> the optional columns of Minibatch it reads
     capabilities: frozenset[Capability] = frozenset()
     reference: str = ""
+    # Of the default plan: peak of the learning rate, and number of steps per square root of the cells trained on.
+    peak_lr: float = 2e-2
+    effort: float = 7.0
 
 
 @dataclass(frozen=True)

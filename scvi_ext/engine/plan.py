@@ -31,6 +31,7 @@ class Plan:
     kl_by_epoch: bool  # whether the KL weight rises once per epoch or with every step
     weight_decay: float
     patience: int  # epochs without improvement before early stopping
+    beta2: float = 0.999  # of Adam: how slowly it forgets squared gradients
 
     @property
     def n_steps(self) -> int:
@@ -69,6 +70,8 @@ def make_plan(
     lr: float | None,
     kl_warmup: float | None,
     weight_decay: float | None,
+    peak_lr: float,
+    effort: float,
 ) -> Plan:
     """The plan for so many cells.
 
@@ -83,6 +86,8 @@ def make_plan(
         Cells per step.
     max_epochs, lr, kl_warmup, weight_decay
         Override the plan; ``kl_warmup`` is a share of the planned steps.
+    peak_lr, effort
+        Of the model, see :class:`~scvi_ext._contract.ModelSpec`.
     """
     one_of("plan", name, PLANS)
     if whole_number("batch_size", batch_size, 1) < 3:
@@ -97,9 +102,9 @@ def make_plan(
     steps_per_epoch = math.ceil(n_train / batch_size)
     by_epoch = name == "scvi-tools" and kl_warmup is None
     if name == "auto":
-        n_epochs = max_epochs or auto_epochs(n_train, batch_size)
+        n_epochs = max_epochs or auto_epochs(n_train, batch_size, effort)
         warmup = math.ceil((0.5 if kl_warmup is None else kl_warmup) * n_epochs * steps_per_epoch)
-        default_lr, patience = 2e-2, max(5, n_epochs // 4)
+        default_lr, patience = peak_lr, max(5, n_epochs // 4)
     else:
         n_epochs = max_epochs or min(400, max(1, round(400 * 20_000 / n_cells)))
         warmup = 400 * steps_per_epoch if kl_warmup is None else math.ceil(kl_warmup * n_epochs * steps_per_epoch)
@@ -116,17 +121,20 @@ def make_plan(
         kl_by_epoch=by_epoch,
         weight_decay=1e-6 if weight_decay is None else weight_decay,
         patience=patience,
+        # The usual 0.999 remembers 1,000 steps, as many as a short run has: the large gradients of its beginning would
+        # hold it back to the end.
+        beta2=0.97 if name == "auto" else 0.999,
     )
 
 
-def auto_epochs(n_train: int, batch_size: int) -> int:
-    """Epochs of the one-cycle plan: steps grow with the square root of the cells, within 4 to 40 passes over them.
+def auto_epochs(n_train: int, batch_size: int, effort: float) -> int:
+    """Epochs of the one-cycle plan: ``effort`` times the square root of the cells in steps, 4 to 40 passes over them.
 
     Chosen on data sets from 700 to 20,000 cells: more steps fit the training cells better, and the held-out ones or the
     cell types worse; small data is learned by heart after some 40 passes. See the page on training.
     """
     steps_per_epoch = math.ceil(n_train / batch_size)
-    return min(40, max(4, math.ceil(12 * math.sqrt(n_train) / steps_per_epoch)))
+    return min(40, max(4, math.ceil(effort * math.sqrt(n_train) / steps_per_epoch)))
 
 
 def _check(name: str, value: float | None, good: Callable[[float], bool], expected: str) -> None:

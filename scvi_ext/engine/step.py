@@ -50,6 +50,7 @@ class TrainingStep:
         self.optimizer = adam(
             self.parameters,
             lr=self.lr,
+            betas=(0.9, plan.beta2),
             eps=_ADAM_EPS,
             weight_decay=plan.weight_decay,
             fused=True,

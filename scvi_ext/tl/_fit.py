@@ -261,7 +261,7 @@ def _prepare(
     needed = spec.needs(config)
     _check_needs(registry, needed, spec.name)
     train, validation = split_cells(adata.n_obs, **split, seed=seed)
-    plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), **plan)
+    plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), peak_lr=spec.peak_lr, effort=spec.effort, **plan)
     patience = _patience(early_stopping, plan_, len(validation))
     # By name, so that genes that share one are refused here and not when the fit is used.
     store = CellStore.from_adata(adata, registry, var_names=adata.var_names, columns=needed | ALWAYS_READ)

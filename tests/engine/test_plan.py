@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 import scvi_ext as sx
 from scvi_ext._errors import ScviExtWarning
-from scvi_ext.engine.plan import PLANS, make_plan
+from scvi_ext.engine.plan import PLANS, Plan, make_plan
+from scvi_ext.kernels.adam import Adam
 
 
 def plan(name="auto", n_cells=2000, **options):
     defaults = {"batch_size": 128, "max_epochs": None, "lr": None, "kl_warmup": None, "weight_decay": None}
+    defaults |= {"peak_lr": 0.02, "effort": 7.0}
     n_train = options.pop("n_train", math.ceil(0.9 * n_cells))
     return make_plan(name, n_cells=n_cells, n_train=n_train, **defaults | options)
 
@@ -76,6 +79,40 @@ def test_kl_warmup_is_a_share_of_the_steps_and_ends_at_one(name, kl_warmup):
     assert weights[0] == (1 if kl_warmup == 0 else 0)
     # the first step of full weight; a warm-up of all steps ends one step early
     assert abs(int((weights < 1).sum()) - kl_warmup * p.n_steps) <= 1
+
+
+def test_steps_grow_with_the_root_of_the_cells_and_passes_stay_in_bounds():
+    epochs = {n: plan(n_cells=n, n_train=n, batch_size=100).n_epochs for n in (100, 10_000, 40_000, 10**6)}
+    assert epochs == {100: 40, 10_000: 7, 40_000: 4, 10**6: 4}  # 7 sqrt(n) steps of 100 cells, 4 to 40 passes
+
+
+@pytest.mark.parametrize("model", ["scvi", "ldvae"])
+def test_the_plan_is_that_of_the_model(model, registered):
+    spec = sx.models.get(model)
+    sx.tl.fit(registered, model=model, batch_size=20, n_latent=2, progress=False)
+    found = registered.uns["scvi_ext"]["fits"][model]["run"]["plan"]
+    expected = plan(n_cells=registered.n_obs, batch_size=20, peak_lr=spec.peak_lr, effort=spec.effort)
+    assert (found["n_epochs"], found["lr"]) == (expected.n_epochs, expected.lr)
+
+
+@pytest.mark.parametrize(("name", "beta2"), [("auto", 0.97), ("scvi-tools", 0.999)])
+def test_adam_forgets_as_the_plan_says(name, beta2, registered, monkeypatch):
+    seen = set()
+    step = Adam.step
+
+    def watched(self):
+        seen.add(self.param_groups[0]["betas"])
+        step(self)
+
+    monkeypatch.setattr(Adam, "step", watched)
+    sx.tl.fit(registered, plan=name, max_epochs=1, kl_warmup=0, n_hidden=8)
+    assert seen == {(0.9, beta2)}
+
+
+def test_a_plan_that_was_saved_before_it_had_a_beta2_goes_on_with_that_of_adam():
+    saved = asdict(plan())
+    del saved["beta2"]
+    assert Plan(**saved).beta2 == 0.999
 
 
 @pytest.mark.parametrize("name", PLANS)
