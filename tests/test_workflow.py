@@ -34,7 +34,7 @@ def cells(make_counts) -> ad.AnnData:
 
 def workflow(adata: ad.AnnData, obs: pd.DataFrame, folder: Path) -> None:
     sx.pp.setup_anndata(adata, batch_key="batch")
-    sx.tl.fit(adata, max_epochs=60, n_hidden=32)
+    sx.tl.fit(adata, max_epochs=30, n_hidden=32)
     sx.tl.get_latent(adata)
     sc.pp.neighbors(adata, use_rep="X_scvi")
     sc.tl.umap(adata, maxiter=20)
@@ -169,6 +169,6 @@ def test_real_counts_of_a_shared_file(shared_data):
     sc.pp.filter_genes(adata, min_cells=300)
     adata = adata[:600]
     sx.pp.setup_anndata(adata)
-    sx.tl.fit(adata, max_epochs=15, n_hidden=32)
+    sx.tl.fit(adata, max_epochs=30, n_hidden=32)
     elbo = sx.get.history(adata)["elbo_validation"]
     assert elbo.iloc[-1] > elbo.iloc[0] + 50  # it starts from equal expression of all genes, hundreds of nats away
