@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SCALES = {"softmax": lambda logits: torch.softmax(logits, dim=-1), "softplus": softplus}
+# Of the covariates' initial weights. What a decoder does not yet know of the batch, z learns, and gives up again only
+# slowly: a strong start of the batch leaves z less to learn of it. See the page of benchmarks.
+_COVARIATE_GAIN = 5.0
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 
 
@@ -75,7 +78,16 @@ class DecoderSCVI(nn.Module):
     ):
         super().__init__()
         one_of("scale_activation", scale_activation, _SCALES)
-        self.px_decoder = FCLayers(n_input, n_hidden, n_cat_list, n_layers, n_hidden, dropout_rate=0, **layer_options)
+        self.px_decoder = FCLayers(
+            n_input,
+            n_hidden,
+            n_cat_list,
+            n_layers,
+            n_hidden,
+            dropout_rate=0,
+            covariate_gain=_COVARIATE_GAIN,
+            **layer_options,
+        )
         self.px_scale_decoder = nn.Linear(n_hidden, n_output)
         self.px_r_decoder = nn.Linear(n_hidden, n_output) if gene_cell else None
         self.px_dropout_decoder = nn.Linear(n_hidden, n_output) if zero_inflation else None

@@ -79,6 +79,8 @@ class FCLayers(nn.Module):
         False: covariates enter the first layer only.
     n_instances
         Number of separate batch normalisations, of which ``instance_id`` picks one.
+    covariate_gain
+        Factor of the initial weights of the covariates.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class FCLayers(nn.Module):
         use_layer_norm: bool = False,
         inject_covariates: bool = True,
         n_instances: int = 1,
+        covariate_gain: float = 1.0,
     ):
         super().__init__()
         if n_layers < 1:
@@ -118,6 +121,9 @@ class FCLayers(nn.Module):
             )
             for i, (a, b) in enumerate(pairwise(sizes))
         )
+        with torch.no_grad():
+            for layer in self.layers if inject_covariates else self.layers[:1]:
+                layer.linear.weight[:, layer.linear.in_features - n_cov :] *= covariate_gain
 
     def forward(self, x: Tensor | SparseRows, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
         """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n).
