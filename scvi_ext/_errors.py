@@ -77,4 +77,4 @@ def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         msg = f"{name}={value!r} is a {type(value).__name__}; a number is needed."
         raise TypeError(msg)
-    return value
+    return float(value)

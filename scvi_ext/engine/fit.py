@@ -140,6 +140,7 @@ def _train(
 ) -> None:
     """Carry out what is left of the plan."""
     module, block = step.module, step.block
+    origin = module_arrays(module)
     train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
     with deferred_interrupt() as interrupt, _bar(plan, progress.step, show_progress) as bar:
         while progress.step < plan.n_steps and not progress.stop_reason:
@@ -166,7 +167,8 @@ def _train(
             row = torch.cat([step.sums, held_out, _all_finite(module)]).tolist()  # the one host sync of the epoch
             seconds = time.perf_counter() - started
             if not np.isfinite(row).all() or not row[-1]:
-                _roll_back(module, store, block, snapshot, progress, np.concatenate([train, validation]), epoch)
+                cells = np.concatenate([train, validation])
+                _roll_back(module, store, block, snapshot, progress, cells, epoch, origin)
                 progress.step = bar.n = start
                 step.sums.copy_(sums_before)
                 train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
@@ -250,10 +252,11 @@ def _roll_back(
     progress: Progress,
     rows: np.ndarray,
     epoch: int,
+    origin: Mapping[str, np.ndarray],
 ) -> None:
     """Return to the state before the epoch; leave out cells that cannot be modelled, or else halve the rate."""
     snapshot.restore()
-    event = find_culprits(module, block, rows, epoch)
+    event = find_culprits(module, block, rows, epoch, origin)
     progress.events.append(event)
     progress.excluded = sorted({*progress.excluded, *event.cells})
     if len(rows) - len(event.cells) < 3:

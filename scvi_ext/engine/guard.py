@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from scvi_ext.engine.checkpoint import load_module, module_arrays
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from scvi_ext.data.blocks import Block
@@ -29,18 +33,27 @@ class NonFiniteEvent:
 
 
 @torch.no_grad()
-def find_culprits(module: nn.Module, block: Block, rows: np.ndarray, epoch: int) -> NonFiniteEvent:
+def find_culprits(
+    module: nn.Module, block: Block, rows: np.ndarray, epoch: int, origin: Mapping[str, np.ndarray]
+) -> NonFiniteEvent:
     """Look at every cell with the module in its last good state.
 
-    Data that cannot be modelled (infinite, NaN, absurdly large) shows as cells without a finite loss. Where every cell
-    has one, the optimiser went too far, and the cells with the largest loss are the suspects.
+    Data that cannot be modelled (infinite, NaN, absurdly large) shows as cells without a finite loss, now and with the
+    weights that the run began with, ``origin``. Where there are none, the optimiser went too far, and the cells with
+    the largest loss are the suspects.
     """
     was_training = module.training
     module.eval()
     losses = np.concatenate([_losses(module, block, rows[i : i + _CHUNK]) for i in range(0, len(rows), _CHUNK)])
-    module.train(was_training)
     bad = rows[~np.isfinite(losses)]
-    suspects = bad if len(bad) else rows[np.argsort(-losses, kind="stable")[:_NAMED]]
+    if len(bad):
+        now = module_arrays(module)
+        load_module(module, origin)
+        at_first = [_losses(module, block, bad[i : i + _CHUNK]) for i in range(0, len(bad), _CHUNK)]
+        load_module(module, now)
+        bad = bad[~np.isfinite(np.concatenate(at_first))]
+    module.train(was_training)
+    suspects = bad if len(bad) else rows[np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:_NAMED]]
     x = block.minibatch(block.rows(suspects[:_NAMED])).x.to_dense().cpu().numpy()
     extreme = np.where(np.isfinite(x), x, np.inf).max(0)
     genes = np.argsort(-extreme, kind="stable")[: max(1, min(_NAMED, int((~np.isfinite(extreme)).sum())))]

@@ -114,12 +114,12 @@ def make_plan(
         n_epochs=n_epochs,
         steps_per_epoch=steps_per_epoch,
         batch_size=batch_size,
-        lr=lr or default_lr,
+        lr=float(lr or default_lr),
         one_cycle=name == "auto",
         # A warm-up of all steps would leave the last one just below 1.
         kl_warmup_steps=warmup if by_epoch else min(warmup, n_epochs * steps_per_epoch - 1),
         kl_by_epoch=by_epoch,
-        weight_decay=1e-6 if weight_decay is None else weight_decay,
+        weight_decay=1e-6 if weight_decay is None else float(weight_decay),
         patience=patience,
         # The usual 0.999 remembers 1,000 steps, as many as a short run has: the large gradients of its beginning would
         # hold it back to the end.

@@ -93,7 +93,15 @@ def log_likelihood(
         Broadcastable to (B, 1) or (S, B, 1).
     log_theta
         Shape (G,), (B, G) or (S, B, G).
+
+    Raises
+    ------
+    ValueError
+        The numbers of genes differ.
     """
+    if x.shape[-1] != logits.shape[-1]:
+        msg = f"Counts of {x.shape[-1]} genes were given to a decoder of {logits.shape[-1]}."
+        raise ValueError(msg)
     shape = logits.shape[:-1]
     if log_theta is not None and log_theta.dim() > 1:
         log_theta = log_theta.expand(logits.shape).flatten(0, -2)
@@ -132,10 +140,11 @@ class _LogLikelihood(torch.autograd.Function):
         scale = d_log_p / ctx.weight
         # Looking at the scale costs a synchronisation on a device, and multiplying costs little there.
         if d_log_p.is_cuda or not bool((scale == 1).all()):
-            for gradient in (d_logits, d_theta, d_dropout):
-                if gradient is not None:
-                    gradient.mul_(scale.unsqueeze(-1))
-            d_library.mul_(scale)
+            d_logits, d_theta, d_dropout = (
+                None if gradient is None else gradient * scale.unsqueeze(-1)
+                for gradient in (d_logits, d_theta, d_dropout)
+            )
+            d_library = d_library * scale
         if ctx.shared_theta:
             d_theta = d_theta.sum(0)
         return None, None, None, d_logits, d_library, d_theta, d_dropout

@@ -78,6 +78,9 @@ class SparseRows:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``, shape (B, H), for ``weight`` of shape (H, G)."""
+        if weight.shape[1] != self.n_genes:
+            msg = f"Counts of {self.n_genes} genes were given to a layer for {weight.shape[1]}."
+            raise ValueError(msg)
         if not (self.multiply_sparse and weight.dtype == torch.float32):
             return torch.nn.functional.linear(self.to_dense().to(weight.dtype), weight, bias)
         return _Product.apply(self, weight, bias)

@@ -149,3 +149,13 @@ def test_a_run_that_breaks_late_keeps_the_good_epochs(registered, at_training_st
         sx.tl.fit(registered, **RUN)
     status = assert_usable(registered)
     assert (status["stop_reason"], status["epochs"], status["steps"]) == ("non-finite loss", 2, 8)
+
+
+@pytest.mark.filterwarnings("ignore:The loss was not finite:scvi_ext._errors.ScviExtWarning")
+def test_good_cells_are_not_blamed_for_weights_that_went_too_far():
+    adata = sx.datasets.pbmc68k_counts()
+    sx.pp.setup_anndata(adata, batch_key="batch")
+    sx.tl.fit(adata, reconstruction_loss="normal", dispersion="gene-cell", seed=0)
+    status = adata.uns["scvi_ext"]["fits"]["scvi"]["status"]
+    assert status["non_finite_events"] > 0  # the weights do go too far
+    assert "non_finite_cells" not in status

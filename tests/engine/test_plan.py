@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -120,6 +122,13 @@ def test_arguments_override_the_plan(name):
     p = plan(name, batch_size=50, max_epochs=7, lr=0.5, weight_decay=0, n_train=101)
     assert (p.n_epochs, p.batch_size, p.steps_per_epoch, p.n_steps) == (7, 50, 3, 21)
     assert (p.lr, p.weight_decay) == (0.5, 0)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), Fraction(1, 4)])
+def test_numbers_of_any_kind_are_kept_as_plain_ones(number):
+    p = plan(lr=number, weight_decay=number, kl_warmup=number)
+    assert (p.lr, p.weight_decay) == (0.25, 0.25)
+    assert json.loads(json.dumps(asdict(p))) == asdict(p)
 
 
 def test_a_batch_is_never_larger_than_the_training_cells():
