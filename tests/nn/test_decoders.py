@@ -164,3 +164,10 @@ def test_linear_decoder_has_no_bias_of_its_own_by_default():
 def test_linear_decoder_refuses_layers(layers):
     with pytest.raises(ValueError, match="a linear decoder has neither layers nor hidden units"):
         LinearDecoderSCVI(L, G, **layers)
+
+
+def test_the_batch_starts_stronger_than_z():
+    torch.manual_seed(0)
+    first = DecoderSCVI(10, 20, [5]).px_decoder.layers[0].linear.weight
+    ratio = first[:, 10:].std() / first[:, :10].std()
+    assert 4 < ratio < 6  # 640 and 1,280 uniform numbers, one five times the other

@@ -144,3 +144,16 @@ def test_the_number_of_covariates_must_match(codes, given):
     net = FCLayers(4, 2, n_cat_list=[3, 2])
     with pytest.raises(ValueError, match=rf"{given} categorical covariates given, 2 expected\."):
         net(torch.randn(B, 4), *codes[:given])
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_the_initial_weights_of_covariates_alone_are_multiplied_by_their_gain(inject):
+    def net(gain: float) -> FCLayers:
+        torch.manual_seed(0)
+        return FCLayers(4, 6, [3, 1, 2], n_layers=2, n_hidden=5, inject_covariates=inject, covariate_gain=gain)
+
+    for i, (plain, strong) in enumerate(zip(net(1.0).layers, net(5.0).layers, strict=True)):
+        n = 4 if i == 0 else 5
+        assert torch.equal(strong.linear.weight[:, :n], plain.linear.weight[:, :n])
+        assert torch.equal(strong.linear.weight[:, n:], 5 * plain.linear.weight[:, n:])
+        assert torch.equal(strong.linear.bias, plain.linear.bias)
