@@ -117,7 +117,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     sets = list(table.groupby("data", sort=False))
-    figure, axes = plt.subplots(1, len(sets), figsize=(4.6 * len(sets), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(sets), figsize=(4.6 * len(sets), 4.4), layout="constrained", squeeze=False)
     for ax, (data, curves) in zip(axes[0], sets, strict=True):
         lowest = curves.loc[curves["noise"] == 0, "silhouette"].min()
         for method, curve in curves.groupby("method", sort=False):
@@ -127,7 +127,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
         ax.axvline(lowest, color="0.8", lw=1, zorder=0)
         ax.set(xlabel="silhouette of cell types", ylabel="batch mixing", title=data)
         ax.set_xlim(left=max(0, lowest - 0.1))
-        ax.legend(frameon=False, fontsize="x-small")
+        ax.legend(frameon=False, fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 

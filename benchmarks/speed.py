@@ -70,6 +70,9 @@ def main() -> None:
     sizes = [Size(cells=n) for n in arguments.scaling] if arguments.scaling else grid(arguments)
     sides = [side for side in SIDES if arguments.only in (None, side) and (side == "scvi_ext" or scvi is not None)]
 
+    if not sides:
+        parser.error("scvi-tools is not installed")
+
     rows = []
     for size in sizes:
         for side in sides:
