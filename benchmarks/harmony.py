@@ -21,8 +21,8 @@ import scanpy as sc
 from _common import (
     Outcome,
     add_cache,
+    cached_reference,
     fit_ours,
-    fit_reference,
     judge,
     machine,
     make_parser,
@@ -67,8 +67,9 @@ def main() -> None:
             ours = fit_ours(data, seed, max_epochs=arguments.max_epochs)
             ours.seconds += ours.latent_seconds
             outcomes.append(ours)
-            if arguments.cache is not None and (arguments.cache / f"{data.name}_scvi_{seed}.npz").exists():
-                outcomes.append(fit_reference(data, seed, cache=arguments.cache))
+            reference = cached_reference(data, seed, cache=arguments.cache)
+            if reference is not None:
+                outcomes.append(reference)
             for outcome in outcomes:
                 linear = outcome.method.startswith("PCA")
                 row = {"data": data.label, "method": outcome.method, "seed": seed, "seconds": outcome.seconds}

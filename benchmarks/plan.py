@@ -18,8 +18,8 @@ import pandas as pd
 from _common import (
     Data,
     add_cache,
+    cached_reference,
     fit_ours,
-    fit_reference,
     judge,
     machine,
     make_parser,
@@ -68,8 +68,8 @@ def main() -> None:
                 own = {} if "batch_size" in options else {"max_epochs": arguments.max_epochs}
                 rows.append(run | {"plan": name} | attempt(data, seed, model, **own | options)[0])
                 say(rows[-1])
-            if arguments.cache is not None and (arguments.cache / f"{data.name}_{model}_{seed}.npz").exists():
-                reference = fit_reference(data, seed, model, cache=arguments.cache)
+            reference = cached_reference(data, seed, model, arguments.cache)
+            if reference is not None:
                 rows.append(run | {"plan": "scvi-tools", "seconds": reference.seconds} | judge(data, reference))
     table = pd.DataFrame(rows).fillna({"non-finite": ""})
     means = table.drop(columns=["seed", "non-finite"]).groupby(["data", "model", "plan"], sort=False)

@@ -20,8 +20,8 @@ from _common import (
     Outcome,
     add_cache,
     batch_mixing,
+    cached_reference,
     fit_ours,
-    fit_reference,
     machine,
     make_parser,
     markdown,
@@ -78,9 +78,8 @@ def embeddings(data: Data, seed: int, epochs: list[int], cache: Path | None) -> 
         outcome = fit_ours(data, seed, max_epochs=n)
         outcome.method = f"scvi_ext, {n} epochs"
         outcomes.append(outcome)
-    if cache is not None and (cache / f"{data.name}_scvi_{seed}.npz").exists():
-        outcomes.append(fit_reference(data, seed, cache=cache))
-    return outcomes
+    reference = cached_reference(data, seed, cache=cache)
+    return outcomes if reference is None else [*outcomes, reference]
 
 
 @same_threads()
