@@ -90,8 +90,6 @@ def test_options_that_all_functions_share_have_one_default(function):
         "save": None,
         "ax": None,
     }
-    if function is sx.tl.fit:
-        expected["batch_size"] = 128  # of a step, and it decides the result
     if function.__module__.startswith("scvi_ext.datasets"):
         expected["seed"] = 0  # the data of an example are always the same
     for name, parameter in parameters(function).items():

@@ -15,7 +15,7 @@ from scvi_ext.kernels.adam import Adam
 
 
 def plan(name="auto", n_cells=2000, **options):
-    defaults = {"batch_size": 128, "max_epochs": None, "lr": None, "kl_warmup": None, "weight_decay": None}
+    defaults = {"batch_size": None, "max_epochs": None, "lr": None, "kl_warmup": None, "weight_decay": None}
     defaults |= {"peak_lr": 0.02, "effort": 7.0}
     n_train = options.pop("n_train", math.ceil(0.9 * n_cells))
     return make_plan(name, n_cells=n_cells, n_train=n_train, **defaults | options)
@@ -86,6 +86,18 @@ def test_kl_warmup_is_a_share_of_the_steps_and_ends_at_one(name, kl_warmup):
 def test_steps_grow_with_the_root_of_the_cells_and_passes_stay_in_bounds():
     epochs = {n: plan(n_cells=n, n_train=n, batch_size=100).n_epochs for n in (100, 10_000, 40_000, 10**6)}
     assert epochs == {100: 40, 10_000: 7, 40_000: 4, 10**6: 4}  # 7 sqrt(n) steps of 100 cells, 4 to 40 passes
+
+
+@pytest.mark.parametrize("effort", [7.0, 16.0])
+def test_many_cells_are_taken_256_at_a_time_in_as_many_passes_at_a_rate_that_fits(effort):
+    few, many = (plan(n_cells=10**5, n_train=n, effort=effort) for n in (14_999, 15_000))
+    assert (few.batch_size, few.lr) == (128, 0.02)
+    assert (many.batch_size, many.steps_per_epoch) == (256, math.ceil(15_000 / 256))
+    assert many.lr == pytest.approx(0.02 * math.sqrt(2))
+    asked = plan(n_cells=10**5, n_train=15_000, batch_size=128, effort=effort)
+    assert (asked.n_epochs, asked.batch_size, asked.lr) == (many.n_epochs, 128, 0.02)
+    assert plan(n_train=15_000, lr=0.01).lr == 0.01
+    assert plan("scvi-tools", n_train=15_000).batch_size == 128
 
 
 @pytest.mark.parametrize("model", ["scvi", "ldvae"])
