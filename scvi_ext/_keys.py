@@ -14,6 +14,7 @@ class UnsKeys:
     setup: str = "setup"
     fits: str = "fits"
     last_fit: str = "last_fit"
+    corruptions: str = "corruptions"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,26 @@ class FitKeys:
     @property
     def marginal_ll(self) -> str:
         return f"{self.key}_marginal_ll"  # obs
+
+    @property
+    def imputation(self) -> str:
+        return f"{self.key}_imputation"  # uns
+
+    @property
+    def effective_sample_size(self) -> str:
+        return f"{self.key}_effective_sample_size"  # obs
+
+    @property
+    def amortization_gap(self) -> str:
+        return f"{self.key}_amortization_gap"  # obs
+
+    @property
+    def posterior_predictive(self) -> str:
+        return f"{self.key}_posterior_predictive"  # a sample in layers or obsm, a check in uns
+
+    @property
+    def correlation(self) -> str:
+        return f"{self.key}_correlation"  # varp
 
 
 UNS = UnsKeys()

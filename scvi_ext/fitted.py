@@ -9,7 +9,7 @@ import numpy as np
 
 from scvi_ext import models
 from scvi_ext._errors import listing, needs_capability, one_of, whole_number
-from scvi_ext._keys import FitKeys, valid_key
+from scvi_ext._keys import UNS, FitKeys, valid_key
 from scvi_ext._settings import settings
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit
 from scvi_ext.data.store import CellStore, resolve_indices
@@ -76,7 +76,7 @@ class Fitted:
         return FitKeys(self.fit.key)
 
     def slot(self, place: str, default: str, key_added: str | None) -> str:
-        """The name to write in ``place`` ("obs", "obsm", "layers"): a valid one, and none that the fit reads itself."""
+        """The name to write in ``place`` ("obs", "layers", ...): a valid one, and none that the fit reads itself."""
         name = default if key_added is None else valid_key(key_added)
         read = {
             "obs": {
@@ -88,8 +88,9 @@ class Fitted:
             },
             "obsm": {self.registry.protein_obsm_key},
             "layers": {self.registry.layer},
+            "uns": {UNS.root},
         }
-        if name in read[place]:
+        if name in read.get(place, ()):
             msg = f"adata.{place}[{name!r}] is what fit {self.fit.key!r} reads: choose another name, key_added=..."
             raise ValueError(msg)
         return name
@@ -128,6 +129,17 @@ class Fitted:
         for batch in wanted:
             one_of("transform_batch", batch, self.registry.batch_categories)
         return [self.registry.batch_categories.index(batch) for batch in wanted]
+
+    def batch_code(self, transform_batch: object) -> int | None:
+        """The same for what is decoded in one batch only: samples cannot be averaged."""
+        first, *more = self.batch_codes(transform_batch)
+        if more:
+            msg = (
+                f"transform_batch names {1 + len(more)} batches, and a sample is drawn in one: call once for each, or "
+                "give None for each cell's own."
+            )
+            raise ValueError(msg)
+        return first
 
     def gene_positions(self, gene_list: Sequence[str] | None) -> np.ndarray | None:
         """Positions of genes in the module's order; None for all."""

@@ -11,8 +11,10 @@ from scvi_ext._keys import FORMAT, UNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
     from anndata import AnnData
+    from scipy.sparse import csr_matrix
 
     from scvi_ext._contract import SavedFit
 
@@ -53,6 +55,23 @@ def write_fit(adata: AnnData, fit: SavedFit) -> None:
     root = _root(adata)
     root.setdefault(UNS.fits, {})[fit.key] = saved
     root[UNS.last_fit] = fit.key
+
+
+def write_corruption(adata: AnnData, name: str, values: Any, record: Mapping) -> None:
+    """``layers[name]``, corrupted counts, and how they were made: ``uns["scvi_ext"]["corruptions"][name]``."""
+    _root(adata).setdefault(UNS.corruptions, {})[name] = dict(record)
+    adata.layers[name] = values
+
+
+def remove_corruption(adata: AnnData, name: str) -> None:
+    """Undo :func:`write_corruption`; what it alone had made in ``uns`` goes too."""
+    root = _root(adata)
+    adata.layers.pop(name, None)
+    del root[UNS.corruptions][name]
+    if not root[UNS.corruptions]:
+        del root[UNS.corruptions]
+    if set(root) == {UNS.format}:
+        del adata.uns[UNS.root]
 
 
 def _without_none(values: Mapping) -> dict:
@@ -113,6 +132,29 @@ def write_layers(
             layer[where] = array
     for name, layer in zip(names, layers, strict=True):
         adata.layers[name] = layer
+
+
+def write_sparse_layer(adata: AnnData, name: str, values: csr_matrix, columns: np.ndarray) -> None:
+    """``layers[name]`` of all cells, sparse; its columns are the genes at ``columns``, which are all of them."""
+    _own(adata)
+    if not np.array_equal(columns, np.arange(adata.n_vars)):
+        values = values[:, np.argsort(columns)]
+        values.sort_indices()
+    adata.layers[name] = values
+
+
+def write_varp(adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray) -> None:
+    """``varp[name]`` of the pairs of genes at ``columns``; others are NaN."""
+    _own(adata)
+    pairs = np.full((adata.n_vars, adata.n_vars), np.nan, dtype=values.dtype)
+    pairs[np.ix_(columns, columns)] = values
+    adata.varp[name] = pairs
+
+
+def write_uns(adata: AnnData, name: str, value: Mapping) -> None:
+    """``uns[name]``, replacing an earlier one."""
+    _own(adata)
+    adata.uns[name] = dict(value)
 
 
 def _spread(values: np.ndarray, n: int, where: np.ndarray | None) -> np.ndarray:

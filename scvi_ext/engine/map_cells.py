@@ -28,15 +28,22 @@ _DEVICE_SHARE = 1 / 32  # of the free memory for one intermediate array, of whic
 
 
 class Draws:
-    """Standard normal draws for the cells in order, one stream whatever the size of the minibatches."""
+    """Random numbers for the cells in order, the same whatever the size of the minibatches."""
 
     def __init__(self, seed: int, device: torch.device):
         self.rng = np.random.default_rng(seed)
         self.device = device
+        self.seed, self.n_streams = seed, 0
 
     def normal(self, n_cells: int, *shape: int) -> torch.Tensor:
         """Shape (n_cells, *shape); call it once per minibatch, with the same ``shape``."""
         return torch.from_numpy(self.rng.standard_normal((n_cells, *shape), dtype=np.float32)).to(self.device)
+
+    def streams(self, n_cells: int) -> list[np.random.Generator]:
+        """A generator for each cell, for draws that take an unknown number of steps; call it once per minibatch."""
+        first, self.n_streams = self.n_streams, self.n_streams + n_cells
+        cells = range(first, self.n_streams)
+        return [np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(cell,))) for cell in cells]
 
 
 @torch.inference_mode()

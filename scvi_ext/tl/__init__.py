@@ -9,6 +9,7 @@ from scvi_ext.tl._get_loadings import get_loadings
 from scvi_ext.tl._get_marginal_ll import get_marginal_ll
 from scvi_ext.tl._get_normalized_expression import get_normalized_expression
 from scvi_ext.tl._get_reconstruction_error import get_reconstruction_error
+from scvi_ext.tl._posterior_predictive_sample import posterior_predictive_sample
 
 __all__ = [
     "fit",
@@ -20,4 +21,5 @@ __all__ = [
     "get_marginal_ll",
     "get_normalized_expression",
     "get_reconstruction_error",
+    "posterior_predictive_sample",
 ]

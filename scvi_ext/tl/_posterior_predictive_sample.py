@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scanpy import logging as logg
+
+from scvi_ext import results
+from scvi_ext._errors import whole_number
+from scvi_ext.fitted import Fitted
+from scvi_ext.functional.generate import draw_counts
+from scvi_ext.tl._expressions import expressions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from anndata import AnnData
+
+    from scvi_ext._contract import Minibatch
+    from scvi_ext.engine.map_cells import Draws
+
+
+def posterior_predictive_sample(
+    adata: AnnData,
+    *,
+    key: str | None = None,
+    n_samples: int = 1,
+    gene_list: Sequence[str] | None = None,
+    transform_batch: Any = None,
+    indices: Sequence | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    key_added: str | None = None,
+    copy: bool = False,
+) -> AnnData | list[sp.csr_matrix] | None:
+    """Draw new counts for every cell, from the likelihood of the fit at posterior samples of z and the library.
+
+    Each count is a draw from exactly the distribution that was fitted; for ``reconstruction_loss="bernoulli"`` it is 1
+    for detected and 0 for not.
+
+    Parameters
+    ----------
+    adata
+        Annotated data that holds the fit.
+    key
+        Which fit; the last one by default.
+    n_samples
+        One is written; more are returned, in memory of the order of their non-zero counts.
+    gene_list
+        Names of genes. One sample of them is a table in ``obsm``.
+    transform_batch
+        Batch to decode in, as if all cells had been measured there; one only. None: each cell's own.
+    indices
+        The cells: positions, mask or names. For a table or samples that are returned; a sparse layer has no NaN for the
+        other cells.
+    batch_size
+        Cells per forward pass; results do not depend on it.
+    seed
+        Of the samples. Every cell has a stream of random numbers of its own.
+    key_added
+        Slot to write, ``"<key>_posterior_predictive"`` by default.
+    copy
+        Return a copy instead of changing ``adata``.
+
+    Returns
+    -------
+    ``None``, or the changed copy. Sets
+
+    ``adata.layers["<key>_posterior_predictive"]``
+        Sparse (CSR), float32, cells x genes.
+    ``adata.obsm["<key>_posterior_predictive"]``
+        DataFrame, float32, cells x gene_list, NaN for cells that were not asked for; with ``gene_list`` only.
+
+    With ``n_samples`` of 2 or more: a list of sparse matrices (CSR), float32, each the chosen cells x ``gene_list`` or
+    the genes of the fit in its order, and nothing is written.
+
+    Raises
+    ------
+    KeyError
+        No such fit, or unknown genes.
+    ValueError
+        Unknown batch, options that have no effect together, or cells or genes without a sample in a sparse layer.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.pbmc68k_counts()
+    >>> sx.pp.setup_anndata(adata, batch_key="batch")
+    >>> sx.tl.fit(adata, max_epochs=2)
+    >>> sx.tl.posterior_predictive_sample(adata)
+    >>> adata.layers["scvi_posterior_predictive"].shape
+    (700, 765)
+
+    References
+    ----------
+    Gelman, Meng and Stern (1996), Statistica Sinica 6, 733.
+    """
+    whole_number("n_samples", n_samples, 1)
+    if n_samples > 1 and (copy or key_added is not None):
+        msg = f"n_samples={n_samples} returns matrices and writes nothing: leave out copy and key_added."
+        raise ValueError(msg)
+    adata = adata.copy() if copy else adata
+    fitted = Fitted.open(adata, key, indices)
+    place = "layers" if gene_list is None else "obsm"
+    slot = fitted.slot(place, fitted.keys.posterior_predictive, key_added)
+    module = fitted.module
+    batch = fitted.batch_code(transform_batch)
+    genes = fitted.gene_positions(gene_list)
+    if n_samples == 1 and genes is None:
+        _check_complete(adata, fitted)
+
+    def samples(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
+        streams = draws.streams(len(cells.x))
+        drawn = [
+            draw_counts(module.reconstruction_loss, px, streams)[:, slice(None) if genes is None else genes]
+            for px in expressions(module, cells, draws, n_samples, batch)
+        ]
+        return (torch.from_numpy(np.stack(drawn).astype(np.float32)),)  # (S, B, genes)
+
+    start = logg.info(f"drawing counts from fit {fitted.fit.key!r}")
+    size = n_samples * max(module.n_noise, fitted.store.n_genes)
+    parts = [
+        [sp.csr_matrix(sample) for sample in block]
+        for _, (block,) in fitted.map(samples, batch_size=batch_size, seed=seed, floats_per_cell=size)
+    ]
+    drawn = [sp.vstack(blocks, format="csr") for blocks in zip(*parts, strict=True)]
+    if n_samples > 1:
+        logg.info("    finished", time=start)
+        return drawn
+    if genes is None:
+        results.write_sparse_layer(adata, slot, drawn[0], fitted.columns)
+    else:
+        names = [fitted.fit.var_names[i] for i in genes]
+        results.write_obsm(adata, slot, drawn[0].toarray(), fitted.rows, names=names)
+    logg.info("    finished", time=start, deep=f"added\n    {slot!r}, posterior predictive counts (adata.{place})")
+    return adata if copy else None
+
+
+def _check_complete(adata: AnnData, fitted: Fitted) -> None:
+    """Raise a ValueError if a layer of all cells and genes would have to leave some out."""
+    advice = "give gene_list for a table, take n_samples of 2 or more, or subset adata first."
+    if fitted.rows is not None:
+        msg = f"indices would leave cells without counts in a sparse layer, which has no NaN: {advice}"
+        raise ValueError(msg)
+    unknown = adata.n_vars - len(fitted.columns)
+    if unknown:
+        msg = (
+            f"{unknown} of {adata.n_vars} genes of adata are not in fit {fitted.fit.key!r} and would have no counts in "
+            f"a sparse layer, which has no NaN: {advice}"
+        )
+        raise ValueError(msg)
