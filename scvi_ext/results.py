@@ -59,8 +59,9 @@ def write_fit(adata: AnnData, fit: SavedFit) -> None:
 
 def write_corruption(adata: AnnData, name: str, values: Any, record: Mapping) -> None:
     """``layers[name]``, corrupted counts, and how they were made: ``uns["scvi_ext"]["corruptions"][name]``."""
-    _root(adata).setdefault(UNS.corruptions, {})[name] = dict(record)
+    root = _root(adata)
     adata.layers[name] = values
+    root.setdefault(UNS.corruptions, {})[name] = dict(record)
 
 
 def remove_corruption(adata: AnnData, name: str) -> None:

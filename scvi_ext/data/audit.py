@@ -63,7 +63,7 @@ class CountAudit:
 
     def problems(self) -> list[str]:
         """What keeps these numbers from being raw counts, one message each; empty if nothing does."""
-        messages = [self._entries(offence) for offence in self.offences]
+        messages = self.impossible_entries()
         messages += [
             f"The sums over {self.feature}s of {n} cells{_in(batch)} hardly vary (mean {mean:.6g}), less than by "
             "counting noise: the rows look scaled to a constant (CPM, normalize_total). Pass the raw counts, or "
@@ -76,6 +76,10 @@ class CountAudit:
                 f"{listing(self.empty_cells, 3)}. Leave them out: sc.pp.filter_cells(adata, min_counts=1)."
             )
         return messages
+
+    def impossible_entries(self) -> list[str]:
+        """Of the problems, those of single entries that no count can be."""
+        return [self._entries(offence) for offence in self.offences]
 
     def remarks(self) -> list[str]:
         """What is allowed but of no use."""
