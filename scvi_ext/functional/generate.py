@@ -49,12 +49,13 @@ def draw_counts(name: str, px: Expression, streams: Sequence[Generator]) -> np.n
     return _by_cell(_DRAWS[name], px.rate, px, streams)
 
 
-def draw_gamma(mean: np.ndarray, px: Expression, streams: Sequence[Generator]) -> np.ndarray:
-    """One draw of the rate that a (zero-inflated) negative binomial count is a Poisson count of, shape (B, G).
+def draw_rates(name: str, mean: np.ndarray, px: Expression, streams: Sequence[Generator]) -> np.ndarray:
+    """One draw of what a count is a Poisson count of, before any technical zero, shape (B, G).
 
-    A Gamma distribution with these means, shape (B, G), and shape parameter theta.
+    For a (zero-inflated) negative binomial that is a Gamma distribution with these means, shape (B, G), and shape
+    parameter theta. Other likelihoods have no such layer, and the means themselves are returned.
     """
-    return _by_cell(_gamma, mean, px, streams)
+    return _by_cell(_gamma, mean, px, streams) if name in ("zinb", "nb") else mean
 
 
 def distribution_function(name: str, x: np.ndarray, px: Expression) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """Fit a model, and read out what it has learned."""
 
+from scvi_ext.tl._denoised_samples import denoised_samples
+from scvi_ext.tl._feature_correlation import feature_correlation
 from scvi_ext.tl._fit import fit
 from scvi_ext.tl._get_elbo import get_elbo
 from scvi_ext.tl._get_latent import get_latent
@@ -9,9 +11,12 @@ from scvi_ext.tl._get_loadings import get_loadings
 from scvi_ext.tl._get_marginal_ll import get_marginal_ll
 from scvi_ext.tl._get_normalized_expression import get_normalized_expression
 from scvi_ext.tl._get_reconstruction_error import get_reconstruction_error
+from scvi_ext.tl._imputation_score import imputation_score
 from scvi_ext.tl._posterior_predictive_sample import posterior_predictive_sample
 
 __all__ = [
+    "denoised_samples",
+    "feature_correlation",
     "fit",
     "get_elbo",
     "get_latent",
@@ -21,5 +26,6 @@ __all__ = [
     "get_marginal_ll",
     "get_normalized_expression",
     "get_reconstruction_error",
+    "imputation_score",
     "posterior_predictive_sample",
 ]

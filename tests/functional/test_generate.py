@@ -99,10 +99,13 @@ def test_normal_draws_are_normal(drawn):
 
 def test_the_rates_behind_counts_are_gamma():
     mean = np.tile([1.0, 20.0, 300.0, 5.0], (N, 1))
-    x = generate.draw_gamma(mean, expression("nb"), streams())
+    x = generate.draw_rates("nb", mean, expression("nb"), streams())
     for gene in range(4):
         law = stats.gamma(THETA[gene], scale=mean[0, gene] / THETA[gene])
         assert stats.kstest(x[:, gene], law.cdf).pvalue > 1e-7
+    np.testing.assert_array_equal(generate.draw_rates("zinb", mean, expression("zinb"), streams()), x)
+    for name in ("poisson", "normal", "bernoulli"):
+        assert generate.draw_rates(name, mean, expression(name), streams()) is mean
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
