@@ -1,8 +1,9 @@
-"""How well a module explains cells: the seed's functions of a module and its minibatches.
+"""How well a module explains cells: the seed's functions of a module and its minibatches, and what ours are made of.
 
-``posterior`` is any iterable of :class:`~scvi_ext._contract.Minibatch`; every cell weighs the same, whatever the size
-of the last minibatch. Call ``vae.eval()`` before: in training mode the cells of a minibatch depend on each other. All
-three return a loss (lower is better), as in scVI 0.5.0; ``tl.get_elbo`` and ``tl.get_marginal_ll`` have the other sign.
+Of the seed's, ``posterior`` is any iterable of :class:`~scvi_ext._contract.Minibatch`; every cell weighs the same,
+whatever the size of the last minibatch. Call ``vae.eval()`` before: in training mode the cells of a minibatch depend on
+each other. All three return a loss (lower is better), as in scVI 0.5.0; ``tl.get_elbo`` and ``tl.get_marginal_ll`` have
+the other sign.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from scipy.special import logsumexp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -46,6 +49,24 @@ def compute_marginal_log_likelihood_scvi(
         return -(torch.logsumexp(torch.stack(draws), 0) - math.log(n_samples_mc))
 
     return _mean_over_cells(per_cell, posterior)
+
+
+def elbo_of_cells(vae: nn.Module, cells: Minibatch, noise: Tensor) -> Tensor:
+    """ELBO of each cell, shape (B,), averaged over the posterior samples that are made from ``noise`` (B, S, n_noise).
+
+    Higher is better.
+    """
+    total = 0
+    for s in range(noise.shape[1]):
+        loss = vae.loss(cells, noise=noise[:, s])
+        total = total - (loss.reconstruction + loss.kl_z + loss.kl_library)
+    return total / noise.shape[1]
+
+
+def effective_sample_size(log_weights: np.ndarray) -> np.ndarray:
+    """(sum w)^2 / sum w^2 over the first axis: how many samples of equal weight are worth as much (Kong 1992)."""
+    size = np.exp(2 * logsumexp(log_weights, axis=0) - logsumexp(2 * log_weights, axis=0))
+    return np.clip(size, 1, len(log_weights))  # but for roundings it is between them
 
 
 @torch.no_grad()

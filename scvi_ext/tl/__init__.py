@@ -4,6 +4,7 @@ from scvi_ext.tl._denoised_samples import denoised_samples
 from scvi_ext.tl._feature_correlation import feature_correlation
 from scvi_ext.tl._fit import fit
 from scvi_ext.tl._get_elbo import get_elbo
+from scvi_ext.tl._get_importance_weights import get_importance_weights
 from scvi_ext.tl._get_latent import get_latent
 from scvi_ext.tl._get_library_size import get_library_size
 from scvi_ext.tl._get_likelihood_parameters import get_likelihood_parameters
@@ -19,6 +20,7 @@ __all__ = [
     "feature_correlation",
     "fit",
     "get_elbo",
+    "get_importance_weights",
     "get_latent",
     "get_library_size",
     "get_likelihood_parameters",

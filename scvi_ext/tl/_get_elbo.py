@@ -2,15 +2,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from scvi_ext.functional.evidence import elbo_of_cells
 from scvi_ext.tl._per_cell import per_cell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anndata import AnnData
-    from torch import Tensor, nn
-
-    from scvi_ext._contract import Minibatch
 
 
 def get_elbo(
@@ -80,7 +78,7 @@ def get_elbo(
     """
     return per_cell(
         adata,
-        _elbo,
+        elbo_of_cells,
         "elbo",
         key=key,
         indices=indices,
@@ -91,12 +89,3 @@ def get_elbo(
         key_added=key_added,
         copy=copy,
     )
-
-
-def _elbo(module: nn.Module, cells: Minibatch, noise: Tensor) -> Tensor:
-    """Mean over posterior samples, shape (B,)."""
-    total = 0
-    for s in range(noise.shape[1]):
-        loss = module.loss(cells, noise=noise[:, s])
-        total = total - (loss.reconstruction + loss.kl_z + loss.kl_library)
-    return total / noise.shape[1]

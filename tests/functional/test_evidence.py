@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from _tolerances import FLOAT64, N_STANDARD_ERRORS
@@ -15,6 +16,7 @@ from scvi_ext.functional.evidence import (
     compute_elbo,
     compute_marginal_log_likelihood_scvi,
     compute_reconstruction_error,
+    effective_sample_size,
 )
 
 N = 23
@@ -117,3 +119,11 @@ def test_nothing_is_recorded_for_gradients():
             return super().loss(cells)
 
     assert compute_elbo(Trainable(), split(5)) == compute_elbo(Fixed(), split(5))
+
+
+def test_effective_sample_size_counts_samples_of_equal_weight():
+    log_weights = np.array([[0.0, -700.0, 3.0], [0.0, -700.0, -900.0], [0.0, -900.0, -900.0]]) - 1e4
+    np.testing.assert_allclose(effective_sample_size(log_weights), [3, 2, 1], rtol=1e-10)
+    weights = np.random.default_rng(0).gamma(0.3, 1.0, (50, 4))
+    expected = weights.sum(0) ** 2 / (weights**2).sum(0)
+    np.testing.assert_allclose(effective_sample_size(np.log(weights)), expected, rtol=1e-10)
