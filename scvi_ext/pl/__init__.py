@@ -1,6 +1,8 @@
 """Pictures."""
 
 from scvi_ext.pl._history import history
+from scvi_ext.pl._imputation import imputation
 from scvi_ext.pl._loadings import loadings
+from scvi_ext.pl._posterior_predictive import posterior_predictive
 
-__all__ = ["history", "loadings"]
+__all__ = ["history", "imputation", "loadings", "posterior_predictive"]

@@ -9,7 +9,19 @@ from matplotlib.axes import Axes
 
 import scvi_ext as sx
 
-PLOTS = {"history": lambda *a, **k: sx.pl.history(*a, **k), "loadings": lambda a, **k: sx.pl.loadings(a, "ldvae", **k)}
+
+def draw_imputation(adata, **options):
+    if "corrupted" not in adata.layers:
+        sx.pp.corrupt(adata)
+        sx.tl.imputation_score(adata)
+    return sx.pl.imputation(adata, **options)
+
+
+PLOTS = {
+    "history": lambda *a, **k: sx.pl.history(*a, **k),
+    "imputation": draw_imputation,
+    "loadings": lambda a, **k: sx.pl.loadings(a, "ldvae", **k),
+}
 
 
 @pytest.fixture(autouse=True)
