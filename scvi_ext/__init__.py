@@ -10,13 +10,13 @@ from scvi_ext._errors import ScviExtWarning
 from scvi_ext._settings import set_verbosity, settings
 
 if TYPE_CHECKING:
-    from scvi_ext import datasets, get, io, models, pl, pp, tl
+    from scvi_ext import datasets, get, io, metrics, models, pl, pp, tl
     from scvi_ext.pp import setup_anndata
     from scvi_ext.tl import fit, get_latent
 
 __version__ = version("scvi-ext")
 
-_NAMESPACES = ("datasets", "get", "io", "models", "pl", "pp", "tl")
+_NAMESPACES = ("datasets", "get", "io", "metrics", "models", "pl", "pp", "tl")
 _VERBS = {"setup_anndata": "pp", "fit": "tl", "get_latent": "tl"}
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "get",
     "get_latent",
     "io",
+    "metrics",
     "models",
     "pl",
     "pp",

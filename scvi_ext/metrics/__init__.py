@@ -1,0 +1,17 @@
+"""How good a representation is: numbers that need no model. The same as functions of arrays: ``metrics.arrays``."""
+
+from scvi_ext.metrics._clustering_scores import clustering_scores
+from scvi_ext.metrics._entropy_batch_mixing import entropy_batch_mixing
+from scvi_ext.metrics._entropy_from_indices import entropy_from_indices
+from scvi_ext.metrics._imputation_error import imputation_error
+from scvi_ext.metrics._knn_purity import knn_purity
+from scvi_ext.metrics._nn_overlap import nn_overlap
+
+__all__ = [
+    "clustering_scores",
+    "entropy_batch_mixing",
+    "entropy_from_indices",
+    "imputation_error",
+    "knn_purity",
+    "nn_overlap",
+]
