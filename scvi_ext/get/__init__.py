@@ -1,10 +1,23 @@
 """Read what is inside an AnnData."""
 
+from scvi_ext.get._de_df import de_df
 from scvi_ext.get._fits import fits
 from scvi_ext.get._history import history
 from scvi_ext.get._imputation_df import imputation_df
 from scvi_ext.get._loadings_df import loadings_df
+from scvi_ext.get._metrics_df import metrics_df
 from scvi_ext.get._model import model
+from scvi_ext.get._posterior_predictive import posterior_predictive
 from scvi_ext.get._setup import setup
 
-__all__ = ["fits", "history", "imputation_df", "loadings_df", "model", "setup"]
+__all__ = [
+    "de_df",
+    "fits",
+    "history",
+    "imputation_df",
+    "loadings_df",
+    "metrics_df",
+    "model",
+    "posterior_predictive",
+    "setup",
+]

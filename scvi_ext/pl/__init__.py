@@ -3,6 +3,8 @@
 from scvi_ext.pl._history import history
 from scvi_ext.pl._imputation import imputation
 from scvi_ext.pl._loadings import loadings
+from scvi_ext.pl._metrics import metrics
 from scvi_ext.pl._posterior_predictive import posterior_predictive
+from scvi_ext.pl._volcano import volcano
 
-__all__ = ["history", "imputation", "loadings", "posterior_predictive"]
+__all__ = ["history", "imputation", "loadings", "metrics", "posterior_predictive", "volcano"]

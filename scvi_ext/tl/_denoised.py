@@ -44,10 +44,10 @@ def denoised_blocks(
     def samples(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
         streams = draws.streams(len(cells.x))
         drawn = [
-            draw_rates(module.reconstruction_loss, library_size * px.scale, px, streams)[:, columns]
+            draw_rates(module.reconstruction_loss, library_size * px.scale, px, streams)[:, columns].astype(np.float32)
             for px in expressions(module, cells, draws, n_samples, batch)
         ]
-        return (torch.from_numpy(np.stack(drawn).astype(np.float32)),)
+        return (torch.from_numpy(np.stack(drawn)),)
 
     size = n_samples * max(module.n_noise, fitted.store.n_genes)
     for stretch, (block,) in fitted.map(samples, batch_size=batch_size, seed=seed, floats_per_cell=size):

@@ -109,16 +109,17 @@ def posterior_predictive_sample(
     module = fitted.module
     batch = fitted.batch_code(transform_batch)
     genes = fitted.gene_positions(gene_list)
+    columns = slice(None) if genes is None else genes
     if n_samples == 1 and genes is None:
         _check_complete(adata, fitted)
 
     def samples(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
         streams = draws.streams(len(cells.x))
         drawn = [
-            draw_counts(module.reconstruction_loss, px, streams)[:, slice(None) if genes is None else genes]
+            draw_counts(module.reconstruction_loss, px, streams)[:, columns].astype(np.float32)
             for px in expressions(module, cells, draws, n_samples, batch)
         ]
-        return (torch.from_numpy(np.stack(drawn).astype(np.float32)),)  # (S, B, genes)
+        return (torch.from_numpy(np.stack(drawn)),)  # (S, B, genes)
 
     start = logg.info(f"drawing counts from fit {fitted.fit.key!r}")
     size = n_samples * max(module.n_noise, fitted.store.n_genes)

@@ -154,6 +154,19 @@ def test_the_distribution_functions_are_those_of_scipy():
     np.testing.assert_array_equal(below, up_to)
 
 
+def test_sums_of_probabilities_and_the_incomplete_beta_function_agree(monkeypatch):
+    """On both sides of the largest count that is summed up to, and where the probability of zero is none."""
+    x = np.array([[1.0, 40.0, 64.0, 65.0, 300.0, 9e4]])
+    for rate, theta in [(50.0, 3.0), (1e5, 1e3), (1e-3, 0.01), (60.0, 1e6)]:
+        px = Expression(None, np.full((1, 6), rate), np.full(6, theta))
+        law = stats.nbinom(theta, theta / (theta + rate))
+        for largest in (0, 64, 500):
+            monkeypatch.setattr(generate, "_SUMMED", largest)
+            below, up_to = generate.distribution_function("nb", x, px)
+            np.testing.assert_allclose(up_to[0], law.cdf(x[0]), rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(below[0], law.cdf(x[0] - 1), rtol=1e-9, atol=1e-12)
+
+
 def test_detection_has_two_outcomes():
     x = np.array([[0.0, 1.0, 4.0, 0.0]])
     below, up_to = generate.distribution_function("bernoulli", x, expression("bernoulli", 1))

@@ -17,10 +17,26 @@ def draw_imputation(adata, **options):
     return sx.pl.imputation(adata, **options)
 
 
+def draw_metrics(adata, **options):
+    if "scvi_ext_metrics" not in adata.uns:
+        for key in ("scvi", "ldvae"):
+            sx.tl.get_latent(adata, key=key)
+        sx.metrics.table(adata, labels_key="cell_type")
+    return sx.pl.metrics(adata, **options)
+
+
+def draw_posterior_predictive(adata, **options):
+    if "scvi_posterior_predictive" not in adata.uns:
+        sx.tl.posterior_predictive_check(adata, n_samples=2)
+    return sx.pl.posterior_predictive(adata, **options)
+
+
 PLOTS = {
     "history": lambda *a, **k: sx.pl.history(*a, **k),
     "imputation": draw_imputation,
+    "metrics": draw_metrics,
     "loadings": lambda a, **k: sx.pl.loadings(a, "ldvae", **k),
+    "posterior_predictive": draw_posterior_predictive,
 }
 
 
