@@ -116,6 +116,9 @@ def imputation_score(
     cell. Thinning at rate r makes every cell shallower by a known factor, so what they impute is divided by 1 - r
     there; size factors of a fit with ``library="size_factor"`` have to be those of the corrupted counts.
 
+    After thinning, changed entries are mostly large counts that have lost a part. The corrupted count shares molecules
+    with the original there, noise included, which no mean can foretell: compare the other methods with each other.
+
     scVI 0.5.0 counted cells without changed entries as errors of 0, and lost what it had collected at a minibatch
     without any; neither is so here.
 
