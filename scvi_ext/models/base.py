@@ -273,6 +273,11 @@ class CountVAE(nn.Module, ABC):
         return logits, log_theta if self.dispersion is None else self.dispersion(cells), dropout_logits
 
     @property
+    def encoders(self) -> nn.ModuleList:
+        """The parts of q(z, l | x); all other parameters belong to the generative model."""
+        return nn.ModuleList([self.z_encoder, self.library])
+
+    @property
     def n_noise(self) -> int:
         """Standard normal draws that one posterior sample of a cell takes: L for z and one for the library."""
         return self.n_latent + 1

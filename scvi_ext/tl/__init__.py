@@ -1,5 +1,6 @@
 """Fit a model, and read out what it has learned."""
 
+from scvi_ext.tl._amortization_gap import amortization_gap
 from scvi_ext.tl._denoised_samples import denoised_samples
 from scvi_ext.tl._differential_expression import differential_expression
 from scvi_ext.tl._feature_correlation import feature_correlation
@@ -19,6 +20,7 @@ from scvi_ext.tl._posterior_predictive_sample import posterior_predictive_sample
 from scvi_ext.tl._within_group_de import within_group_de
 
 __all__ = [
+    "amortization_gap",
     "denoised_samples",
     "differential_expression",
     "feature_correlation",

@@ -77,6 +77,20 @@ def test_draws_leave_the_generators_of_numpy_and_torch_alone():
     assert torch.equal(before[1], torch.get_rng_state())
 
 
+def streams(cells, draws):
+    return (torch.tensor([rng.random() for rng in draws.streams(len(cells.x))]).unsqueeze(-1),)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
+def test_every_cell_has_a_stream_of_its_own(store, monkeypatch, batch_size):
+    expected = values(store, streams)
+    assert len(np.unique(expected)) == store.n_cells
+    assert not np.isin(expected, values(store, streams, seed=1)).any()
+    assert not np.isin(expected, np.random.default_rng(0).random(1000).astype(np.float32)).any()
+    monkeypatch.setattr(engine, "_BLOCK_CELLS", 50)
+    np.testing.assert_array_equal(values(store, streams, batch_size=batch_size), expected)
+
+
 def test_fn_sees_an_evaluated_module_and_no_gradients(store):
     module = nn.Dropout(0.5).train()
 
