@@ -68,6 +68,14 @@ class FitKeys:
         return f"{self.key}_marginal_ll"  # obs
 
     @property
+    def de(self) -> str:
+        return f"{self.key}_de"  # uns
+
+    @property
+    def within_group_de(self) -> str:
+        return f"{self.key}_within_group_de"  # uns
+
+    @property
     def imputation(self) -> str:
         return f"{self.key}_imputation"  # uns
 
@@ -89,6 +97,7 @@ class FitKeys:
 
 
 UNS = UnsKeys()
+METRICS = "scvi_ext_metrics"  # uns: a table of several representations, so of no single fit
 FORMAT = 1  # of uns["scvi_ext"]; raised when a reader of this version could misread it
 
 

@@ -6,6 +6,7 @@ from scvi_ext.metrics._entropy_from_indices import entropy_from_indices
 from scvi_ext.metrics._imputation_error import imputation_error
 from scvi_ext.metrics._knn_purity import knn_purity
 from scvi_ext.metrics._nn_overlap import nn_overlap
+from scvi_ext.metrics._table import table
 
 __all__ = [
     "clustering_scores",
@@ -14,4 +15,5 @@ __all__ = [
     "imputation_error",
     "knn_purity",
     "nn_overlap",
+    "table",
 ]

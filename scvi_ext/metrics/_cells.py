@@ -38,7 +38,8 @@ def registry_of(adata: AnnData) -> Registry:
 
 def obs_key(adata: AnnData, role: Literal["batch_key", "labels_key"], key: str | None) -> str:
     """``key``, or the registered column, of ``obs``; else a ValueError."""
-    key = getattr(registry_of(adata), role) if key is None else key
+    registry = registry_of(adata)
+    key = getattr(registry, role) if key is None else key
     if key is None:
         msg = f"No {role} is registered: name a column of adata.obs, which has {listing(adata.obs.columns)}."
         raise ValueError(msg)
