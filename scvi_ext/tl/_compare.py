@@ -1,0 +1,438 @@
+"""What differential_expression and within_group_de share: from sets of cells to a table of comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from scanpy import logging as logg
+
+from scvi_ext import results
+from scvi_ext._errors import listing, number, one_of, whole_number
+from scvi_ext._settings import settings
+from scvi_ext.data.registry import column
+from scvi_ext.data.store import resolve_indices
+from scvi_ext.fitted import Fitted, in_batch
+from scvi_ext.functional.bayes import bayes_factor, expected_fdr, learned_delta
+from scvi_ext.kernels import changes
+from scvi_ext.kernels.compiler import in_parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from anndata import AnnData
+
+    from scvi_ext._contract import Minibatch
+    from scvi_ext.engine.map_cells import Draws
+
+_LOWEST = -24  # log2 of a scale of 6e-8: what is smaller counts as that
+_HIGHEST = {"softmax": 0, "softplus": 12}  # log2 of the largest scale; a softplus is relative to the size factor
+_HISTOGRAM_BYTES = 2**30  # at once; more genes than fit are decoded in several rounds
+_LEAST_DRAWS = 25  # of a set of cells in a decode batch
+_PER_CELL = 25  # draws of a cell whose importance weights are normalised
+_UNEXPRESSED = 0.01  # mean count of a gene, below which it counts as not expressed (as in scvi-tools)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How two sets of cells are compared."""
+
+    mode: str
+    hypothesis: str
+    delta: float | None
+    pseudocount: float | None
+    credible_interval: float
+    fdr_target: float
+    min_fraction: float
+    permuted: bool
+    weights: str | None
+    n_samples: int
+    seed: int
+
+    @classmethod
+    def checked(cls, seed: int | None, **given: Any) -> Options:
+        """The options of a user, or an error that says what is wrong with them."""
+        options = cls(seed=whole_number("seed", settings.seed if seed is None else seed, 0), **given)
+        one_of("mode", options.mode, ["change", "vanilla"])
+        one_of("hypothesis", options.hypothesis, ["three", "two"])
+        if options.weights is not None:
+            one_of("weights", options.weights, ["importance"])
+        whole_number("n_samples", options.n_samples, 1)
+        if options.delta is not None and not 0 < number("delta", options.delta) < np.inf:
+            msg = f"delta={options.delta!r} must be positive (a log2 fold change), or None to learn it from the data."
+            raise ValueError(msg)
+        if options.pseudocount is not None and not 2.0**_LOWEST <= number("pseudocount", options.pseudocount) < 1:
+            msg = (
+                f"pseudocount={options.pseudocount!r} must be at least {2.0**_LOWEST:.2g}, the smallest scale "
+                "that is told apart, and below 1; None takes it from the genes that are not expressed."
+            )
+            raise ValueError(msg)
+        for name in ("credible_interval", "fdr_target"):
+            if not 0 < number(name, getattr(options, name)) < 1:
+                msg = f"{name}={getattr(options, name)!r} must lie between 0 and 1."
+                raise ValueError(msg)
+        if not 0 <= number("min_fraction", options.min_fraction) <= 1:
+            msg = f"min_fraction={options.min_fraction!r} must be a share of cells, from 0 to 1."
+            raise ValueError(msg)
+        if options.mode == "vanilla":
+            without_effect = {"hypothesis": "three", "delta": 0.25}
+            changed = [name for name, default in without_effect.items() if getattr(options, name) != default]
+            if changed:
+                msg = f"{' and '.join(changed)} have no effect with mode='vanilla', which asks for any difference."
+                raise ValueError(msg)
+        return options
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides, each a union of sets of cells."""
+
+    group: str
+    reference: str
+    left: np.ndarray  # (S,) bool
+    right: np.ndarray  # (S,) bool
+
+
+def groups_of(adata: AnnData, name: str, indices: Any = None) -> tuple[list[str], np.ndarray]:
+    """Names of the groups in ``adata.obs[name]`` and the code of every cell, -1 for none or outside ``indices``."""
+    values = pd.Categorical(column(adata.obs, name))
+    codes = values.codes.astype(np.int64)
+    if indices is not None:
+        codes[np.setdiff1d(np.arange(adata.n_obs), resolve_indices(adata, indices))] = -1
+    names = [str(category) for category in values.categories]
+    if len(set(names)) < len(names):
+        msg = f"adata.obs[{name!r}] has values that read the same as text: {listing(names)}. Rename its categories."
+        raise ValueError(msg)
+    return names, codes
+
+
+def carry_out(
+    adata: AnnData,
+    sets: np.ndarray,
+    comparisons: Sequence[Comparison],
+    options: Options,
+    what: str,
+    described: dict[str, str],
+    *,
+    key: str | None,
+    batch_correction: bool,
+    transform_batch: Any,
+    batch_size: int | None,
+    key_added: str | None,
+) -> None:
+    """Compare sets of the cells of ``adata`` (-1: none) and write the slot that ``FitKeys`` calls ``what``."""
+    if batch_correction and transform_batch is not None:
+        msg = "batch_correction=True decodes in all batches: leave out transform_batch, or batch_correction."
+        raise ValueError(msg)
+    chosen = np.flatnonzero(sets >= 0)
+    everything = len(chosen) == adata.n_obs
+    fitted = Fitted.open(adata, key, None if everything else chosen, decodes=options.weights is not None)
+    if batch_correction and len(fitted.registry.batch_categories) < 2:
+        msg = f"batch_correction=True has no effect: fit {fitted.fit.key!r} knows one batch only."
+        raise ValueError(msg)
+    batches = fitted.batch_codes(fitted.registry.batch_categories if batch_correction else transform_batch)
+    slot = fitted.slot("uns", getattr(fitted.keys, what), key_added)
+    start = logg.info(f"comparing {len(comparisons)} groups of cells by fit {fitted.fit.key!r}")
+    table, n_decoded = compare(fitted, sets[chosen], comparisons, batches, options, batch_size)
+    params = {**described, "method": f"scvi_ext {options.mode}", "use_raw": False, "fit": fitted.fit.key}
+    params |= {name: value for name, value in asdict(options).items() if value is not None}
+    params |= {"pvals": "1 - proba_de", "pvals_adj": "expected false discovery rate", "n_decoded": n_decoded}
+    if batches != [None]:
+        params["batches"] = np.array([fitted.registry.batch_categories[batch] for batch in batches])
+    if fitted.registry.layer is not None:
+        params["layer"] = fitted.registry.layer
+    results.write_uns(adata, slot, ranked(table, params))
+    n_called = table.groupby("group", sort=False, observed=True)["is_de"].sum()
+    called = ", ".join(f"{group}: {n}" for group, n in n_called.head(10).items())
+    logg.info(
+        "    finished",
+        time=start,
+        deep=f"decoded {n_decoded} profiles; genes called at an expected FDR of {options.fdr_target}: {called}\n"
+        f"added\n    {slot!r}, in the layout of sc.tl.rank_genes_groups, and a table (adata.uns)",
+    )
+
+
+def compare(
+    fitted: Fitted,
+    sets: np.ndarray,
+    comparisons: Sequence[Comparison],
+    batches: Sequence[int | None],
+    options: Options,
+    batch_size: int | None,
+) -> tuple[pd.DataFrame, int]:
+    """A row for every comparison and gene, and the number of profiles that were decoded.
+
+    Parameters
+    ----------
+    fitted
+        The fit and its cells.
+    sets
+        Which set each of these cells belongs to, 0 to S - 1, shape (n,).
+    comparisons
+        What to compare.
+    batches
+        Codes of the batches to decode in; ``[None]`` is each cell's own. Only draws of one decode batch make a pair.
+    """
+    n_cells = np.bincount(sets, minlength=len(comparisons[0].left))  # (S,)
+    left, right = (_shares(n_cells, [getattr(c, side) for c in comparisons]) for side in ("left", "right"))
+    observed = np.stack([_of_counts(fitted.store.counts, sets, shares) for shares in (left, right)], 1)  # (C, 2, 3, G)
+    pool = _Pool(fitted, sets, n_cells, batches, options, batch_size)
+    described, permuted = [], []
+    for first in range(0, fitted.store.n_genes, pool.genes_at_once):
+        histograms, scales = pool.decode(slice(first, first + pool.genes_at_once))
+        if first == 0:
+            sides = np.stack([left @ scales, right @ scales], 1)  # (C, 2, G)
+            pseudocounts = np.array([_pseudocount(*both, options) for both in zip(sides, observed, strict=True)])
+            deltas = np.array([_delta(*both, options) for both in zip(sides, pseudocounts, strict=True)])
+        described.append(_describe(histograms, pool.n_effective, left, right, pseudocounts, deltas, options))
+        if options.permuted:
+            both = _shares(n_cells, [c.left | c.right for c in comparisons])
+            null = _describe(histograms, pool.n_effective, both, both, pseudocounts, deltas, options)
+            permuted.append(null[..., :2])
+    described = np.concatenate(described, 1)
+    permuted = np.concatenate(permuted, 1) if permuted else None
+    tables = []
+    for c, comparison in enumerate(comparisons):
+        table = {"group": comparison.group, "reference": comparison.reference, "gene": fitted.fit.var_names}
+        table |= _decided(described[c], None if permuted is None else permuted[c], observed[c, :, 2], options)
+        for side, (scale, of_counts) in enumerate(zip(sides[c], observed[c], strict=True), 1):
+            table[f"scale{side}"] = scale
+            table |= {f"{name}{side}": values for name, values in zip(_OBSERVED, of_counts, strict=True)}
+        tables.append(pd.DataFrame(table | {"pseudocount": pseudocounts[c], "delta": deltas[c]}))
+    return pd.concat(tables, ignore_index=True), pool.n_decoded
+
+
+_OBSERVED = ("raw_mean", "raw_normalized_mean", "fraction")
+
+
+def _shares(n_cells: np.ndarray, sides: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of every set among the cells of a side, (C, S): cells weigh the same, however many draws a set has."""
+    weights = np.array(sides) * n_cells
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _of_counts(counts: sp.csr_matrix, sets: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Mean count, mean count per 10,000 of the cell, and share of cells with a count, (C, 3, G) float64."""
+    n_sets = shares.shape[1]
+    members = sp.csr_matrix((np.ones(len(sets)), (sets, np.arange(len(sets)))), (n_sets, len(sets)))
+    members = sp.diags(1 / np.maximum(np.bincount(sets, minlength=n_sets), 1)) @ members
+    totals = np.asarray(counts.sum(1)).ravel()
+    detected = counts.copy()
+    detected.data = (counts.data > 0).astype(np.float32)
+    per_set = (members @ counts, members @ sp.diags(1e4 / np.maximum(totals, 1)) @ counts, members @ detected)
+    return np.stack([shares @ m.toarray() for m in per_set], 1)
+
+
+class _Pool:
+    """Draws of the scale, cells first: only those drawn are decoded, once for all comparisons.
+
+    Every set of cells has the same number of draws in every decode batch, and every cell of a set as many as any other,
+    or one more.
+    """
+
+    def __init__(
+        self,
+        fitted: Fitted,
+        sets: np.ndarray,
+        n_cells: np.ndarray,
+        batches: Sequence[int | None],
+        options: Options,
+        batch_size: int | None,
+    ):
+        n_sets = len(n_cells)
+        n_draws = options.n_samples // (n_sets * len(batches))
+        if n_draws < _LEAST_DRAWS:
+            where = f" in {len(batches)} batches" if len(batches) > 1 else ""
+            msg = (
+                f"n_samples={options.n_samples} leaves {n_draws} draws for each of {n_sets} sets of cells{where}: take "
+                f"{_LEAST_DRAWS * n_sets * len(batches)} or more."
+            )
+            raise ValueError(msg)
+        self.fitted, self.batches, self.batch_size = fitted, batches, batch_size
+        self.per_cell = _PER_CELL if options.weights == "importance" else 1
+        rng = np.random.default_rng(options.seed)
+        members = [np.flatnonzero(sets == s) for s in range(n_sets)]
+        # Each set of the cells, shuffled, is gone through again and again until there are enough.
+        self.rows = [
+            np.concatenate([np.resize(rng.permutation(m), n_draws // self.per_cell) for m in members]) for _ in batches
+        ]
+        self.seeds = [int(seed) for seed in rng.integers(2**63, size=len(batches))]
+        self.sets, self.n_sets = sets, n_sets
+        self.highest = _HIGHEST[fitted.module.heads["scale_activation"]]
+        self.n_bins = (self.highest - _LOWEST) * changes.PER_DOUBLING + 1
+        self.genes_at_once = max(1, _HISTOGRAM_BYTES // (4 * self.n_bins * len(batches) * n_sets))
+        self.n_effective = np.zeros((len(batches), n_sets))
+        self.n_decoded = 0
+
+    def decode(self, genes: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Histograms (D, S, genes, K) of the log2 scale, each adds up to 1, and the mean scale of genes, (S, G)."""
+        n_genes = self.fitted.store.n_genes
+        shape = (len(self.batches), self.n_sets, len(range(n_genes)[genes]), self.n_bins)
+        histograms, mean_scale = np.zeros(shape, np.float32), np.zeros((self.n_sets, n_genes))
+        for d, batch in enumerate(self.batches):
+            pool = replace(self.fitted, store=self.fitted.store.take(self.rows[d]))
+            of_row = np.repeat(self.sets[self.rows[d]], self.per_cell)
+            total, squares = np.zeros(self.n_sets), np.zeros(self.n_sets)
+            size = self.per_cell * max(n_genes, self.fitted.module.n_noise)
+            draws = pool.map(
+                lambda cells, draws, batch=batch: self._draw(cells, draws, batch),
+                batch_size=self.batch_size,
+                seed=self.seeds[d],
+                floats_per_cell=size,
+            )
+            sums = np.zeros_like(mean_scale)
+            for stretch, (position, weights) in draws:
+                of_draw = of_row[self.per_cell * stretch.start : self.per_cell * stretch.stop]
+                in_parallel(changes.add, histograms[d], position[:, genes], of_draw, weights)
+                indicator = np.zeros((self.n_sets, len(weights)), np.float32)
+                indicator[of_draw, np.arange(len(weights))] = weights
+                sums += indicator @ np.exp2(position / np.float32(changes.PER_DOUBLING) + np.float32(_LOWEST))
+                total += indicator.sum(1)
+                squares += (indicator**2).sum(1)
+                self.n_decoded += len(weights)
+            histograms[d] /= total[:, None, None]
+            mean_scale += sums / total[:, None] / len(self.batches)
+            self.n_effective[d] = total**2 / squares
+        return histograms, mean_scale
+
+    def _draw(self, cells: Minibatch, draws: Draws, batch: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the log2 scale among the bins, (B * S, G), and weights, (B * S,), S draws of a cell together."""
+        module = self.fitted.module
+        noise = draws.normal(len(cells.x), self.per_cell, module.n_noise)
+        posteriors = module.posteriors(cells)
+        decoded_in = in_batch(cells, batch)
+        positions, log_weights = [], []
+        for s in range(self.per_cell):
+            z, _ = module.draw(cells, posteriors, noise[:, s])
+            scale = module.scale(module.transform_z(z), decoded_in)
+            position = scale.log2_().sub_(_LOWEST).mul_(changes.PER_DOUBLING)
+            positions.append(position.clamp_(0, self.n_bins - 1.001))
+            if self.per_cell > 1:
+                log_weights.append(module.log_weight(cells, posteriors, noise[:, s]))
+        if self.per_cell == 1:
+            return positions[0], torch.ones_like(noise[:, 0, 0])
+        weights = torch.softmax(torch.stack(log_weights, 1), 1) * self.per_cell  # (B, S)
+        return torch.stack(positions, 1).flatten(0, 1), weights.flatten()
+
+
+def _pseudocount(scales: np.ndarray, observed: np.ndarray, options: Options) -> float:
+    """What is added to scales: as much as the decoder gives to genes that are not expressed, on the side with more.
+
+    Of the mean scales of the genes with hardly any count on a side, the 0.9 quantile.
+    """
+    if options.pseudocount is not None:
+        return float(options.pseudocount)
+    found = [2.0**_LOWEST]
+    for scale, (raw_mean, *_) in zip(scales, observed, strict=True):
+        unexpressed = raw_mean < _UNEXPRESSED
+        if unexpressed.any():
+            found.append(float(np.quantile(scale[unexpressed], 0.9)))
+    return max(found)
+
+
+def _delta(scales: np.ndarray, pseudocount: float, options: Options) -> float:
+    """The smallest change that counts, log2."""
+    if options.mode == "vanilla":
+        return 0.0
+    if options.delta is not None:
+        return float(options.delta)
+    left, right = np.log2(scales + pseudocount)
+    return learned_delta(left - right, options.seed)
+
+
+def _describe(
+    histograms: np.ndarray,
+    n_effective: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    pseudocounts: np.ndarray,
+    deltas: np.ndarray,
+    options: Options,
+) -> np.ndarray:
+    """What ``kernels.changes`` says of the changes between both sides, (C, G, outputs), in bins."""
+    n_batches, _, n_genes, n_bins = histograms.shape
+    scales = np.exp2(np.arange(n_bins) / changes.PER_DOUBLING + _LOWEST)
+    # Not added in vanilla mode, which asks which of two scales is larger.
+    added = np.zeros_like(pseudocounts) if options.mode == "vanilla" else pseudocounts
+    positions = (np.log2(scales + added[:, None]) - _LOWEST) * changes.PER_DOUBLING
+    slots = np.clip(positions.astype(np.int64), 0, n_bins - 1)
+    fractions = np.clip(positions - slots, 0, 1).astype(np.float32)
+    spread = changes.SPLIT_VARIANCE * np.gradient(positions, axis=1) ** 2
+    outputs = np.empty((len(left), n_genes, len(changes.OUTPUTS)))
+    in_parallel(
+        changes.changes,
+        histograms,
+        np.full(n_batches, 1 / n_batches),
+        n_effective,
+        left,
+        right,
+        slots,
+        fractions,
+        spread,
+        deltas * changes.PER_DOUBLING,
+        (1 - options.credible_interval) / 2,
+        outputs,
+    )
+    return outputs
+
+
+def _decided(
+    described: np.ndarray, permuted: np.ndarray | None, fractions: np.ndarray, options: Options
+) -> dict[str, np.ndarray]:
+    """Probabilities, fold changes and decisions of one comparison, a column each."""
+    of = dict(zip(changes.OUTPUTS, described.T, strict=True))
+    up_wins = (of["up"] >= of["down"]) | (options.mode == "vanilla")
+    variance = np.where(up_wins, of["up_variance"], of["down_variance"])
+    if options.hypothesis == "two":
+        variance = of["up_variance"] + of["down_variance"]
+    probability = _probability(of["up"], of["down"], options)
+    found_in = fractions.max(0)
+    reason = np.select([found_in == 0, found_in < options.min_fraction], ["unexpressed", "below min_fraction"], "")
+    judged = reason == ""
+    fdr = np.ones(len(probability))
+    fdr[judged] = expected_fdr(probability[judged])
+    columns = {
+        "proba_de": probability,
+        "proba_up": of["up"],
+        "proba_down": of["down"],
+        "proba_mcse": np.sqrt(variance),
+        "bayes_factor": bayes_factor(probability),
+        "fdr": fdr,
+        "is_de": fdr <= options.fdr_target,
+        "reason": pd.Categorical(reason, ["", "unexpressed", "below min_fraction"]),
+    }
+    if permuted is not None:
+        columns["proba_permuted"] = _probability(permuted[:, 0], permuted[:, 1], options)
+    for name in ("mean", "median", "low", "high"):
+        columns[f"lfc_{name}"] = of[name] / changes.PER_DOUBLING
+    columns["lfc_sd"] = np.sqrt(of["variance"]) / changes.PER_DOUBLING
+    columns["lfc_mcse"] = np.sqrt(of["mean_variance"]) / changes.PER_DOUBLING
+    return columns
+
+
+def _probability(up: np.ndarray, down: np.ndarray, options: Options) -> np.ndarray:
+    if options.mode == "vanilla":
+        return up
+    return np.minimum(up + down, 1) if options.hypothesis == "two" else np.maximum(up, down)
+
+
+def ranked(table: pd.DataFrame, params: dict) -> dict:
+    """The layout of ``scanpy.tl.rank_genes_groups``, with the whole table beside it."""
+    fields = {"names": "gene", "scores": "score", "pvals": "p", "pvals_adj": "fdr", "logfoldchanges": "lfc_mean"}
+    dtypes = {"names": object, "scores": np.float32, "logfoldchanges": np.float32}
+    # Genes that go up come first, the surest first.
+    table = table.assign(score=bayes_factor(table["proba_up"].to_numpy()), p=1 - table["proba_de"])
+    groups = {
+        str(group): rows.sort_values(["score", "lfc_mean"], ascending=False, kind="stable")
+        for group, rows in table.groupby("group", sort=False, observed=True)
+    }
+    layout = {"params": params}
+    for name, source in fields.items():
+        values = pd.DataFrame({group: rows[source].to_numpy() for group, rows in groups.items()})
+        layout[name] = values.to_records(index=False, column_dtypes=dtypes.get(name, np.float64))
+    return layout | {"table": table.drop(columns=["score", "p"])}
