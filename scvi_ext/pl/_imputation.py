@@ -130,7 +130,7 @@ def _density(ax: Axes, original: np.ndarray, imputed: np.ndarray) -> None:
     ax.set_xlim(columns[0], columns[-1])
     ax.set_xlabel("original count")
     ax.set_ylabel("imputed")
-    ax.legend(fontsize=7, loc="upper left")
+    ax.legend(fontsize=7, loc="lower right")
 
 
 def _log1p(values: np.ndarray) -> np.ndarray:
