@@ -66,7 +66,7 @@ def metrics(
     if ax is None:
         _, ax = plt.subplots(figsize=(1.5 + 0.95 * n_columns, 0.9 + 0.38 * n_rows), layout="constrained")
     # Blues up to the tone on which black would no longer be read easily.
-    ax.imshow(shades, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
+    ax.imshow(shades, cmap="Blues", vmin=0, vmax=2, aspect="auto")
     for row, values in enumerate(table.to_numpy()):
         for column, value in enumerate(values):
             weight = "bold" if shades[row, column] == 1 else "normal"
