@@ -31,12 +31,19 @@ def draw_posterior_predictive(adata, **options):
     return sx.pl.posterior_predictive(adata, **options)
 
 
+def draw_volcano(adata, **options):
+    if "scvi_de" not in adata.uns:
+        sx.tl.differential_expression(adata, "cell_type", n_samples=300)
+    return sx.pl.volcano(adata, "t0", **options)
+
+
 PLOTS = {
     "history": lambda *a, **k: sx.pl.history(*a, **k),
     "imputation": draw_imputation,
     "metrics": draw_metrics,
     "loadings": lambda a, **k: sx.pl.loadings(a, "ldvae", **k),
     "posterior_predictive": draw_posterior_predictive,
+    "volcano": draw_volcano,
 }
 
 
