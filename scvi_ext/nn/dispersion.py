@@ -28,7 +28,8 @@ class Dispersion(nn.Module):
         super().__init__()
         rows = {"gene": (), "gene-batch": (max(n_batch, 1),), "gene-label": (n_labels,)}[kind]
         self.column = {"gene": None, "gene-batch": "batch_index", "gene-label": "labels"}[kind]
-        self.log_theta = nn.Parameter(torch.randn(*rows, n_genes))
+        # All at 1. The reference starts at random, and a gene that starts far off does not arrive in a short fit.
+        self.log_theta = nn.Parameter(torch.zeros(*rows, n_genes))
 
     def forward(self, cells: Minibatch) -> Tensor:
         """log(theta), shape (G,) or (B, G)."""

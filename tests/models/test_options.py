@@ -181,6 +181,9 @@ def test_parameters_of_counts_are_those_of_the_likelihood(name, reconstruction_l
 )
 def test_theta_varies_with_what_the_dispersion_says(name, dispersion, shape):
     module, cells = build(name, dispersion=dispersion).eval(), make_cells()
+    if dispersion != "gene-cell":
+        assert (module.dispersion.log_theta == 0).all()  # it starts at one, for every gene
+        torch.nn.init.normal_(module.dispersion.log_theta)
     theta = module.decode(module.encode(cells).loc, cells).theta
     assert theta.shape == shape
     assert (theta > 0).all()
