@@ -12,7 +12,7 @@ from numba import prange
 
 from scvi_ext.kernels.compiler import fast, kernel, parallel, widest_vectors
 
-PER_DOUBLING = 64
+PER_DOUBLING = 32
 # Splitting a draw that is anywhere between two centres adds the mean of f (1 - f) to a variance, in bins squared.
 SPLIT_VARIANCE = 1 / 6
 
@@ -42,13 +42,33 @@ def _add(histograms, positions, sets, weights, first, stop):
 
 
 @parallel
-def changes(n_parts, histograms, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs):
+def add_up(n_parts, sums, values, sets, weights):
+    """Add ``values`` (B, G) to ``sums`` (S, G), row b to set ``sets[b]``, by the weights (B,)."""
+    n_genes = values.shape[1]
+    for part in prange(n_parts):
+        first, stop = part * n_genes // n_parts, (part + 1) * n_genes // n_parts
+        _add_up(sums, values, sets, weights, first, stop)
+
+
+@kernel
+def _add_up(sums, values, sets, weights, first, stop):
+    widest_vectors()
+    for b in range(values.shape[0]):
+        of_set, weight = sums[sets[b]], weights[b]
+        for g in range(first, stop):
+            of_set[g] += weight * values[b, g]
+
+
+@parallel
+def changes(n_parts, histograms, totals, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs):
     """Describe log2(left + c) - log2(right + c) for every gene and comparison.
 
     Parameters
     ----------
     histograms
-        Draws of the log scale, (D, S, G, K): decode batches, sets of cells, genes, bins. Each adds up to 1.
+        Draws of the log scale, (D, S, G, K): decode batches, sets of cells, genes, bins.
+    totals
+        What each of them adds up to, (D, S).
     shares, draws
         Weight of each decode batch, (D,); (effective) number of draws in each histogram, (D, S).
     left, right
@@ -68,33 +88,44 @@ def changes(n_parts, histograms, shares, draws, left, right, slots, fractions, s
     n_genes = histograms.shape[2]
     for part in prange(n_parts):
         first, stop = part * n_genes // n_parts, (part + 1) * n_genes // n_parts
-        _changes(histograms, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs, first, stop)
+        _changes(
+            histograms, totals, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs, first, stop
+        )
 
 
 @kernel
-def _changes(histograms, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs, first, stop):
-    n_batches, _, _, n_bins = histograms.shape
+def _changes(
+    histograms, totals, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs, first, stop
+):
+    n_batches, n_sets, _, n_bins = histograms.shape
+    mixed = np.zeros(n_bins, np.float32)
     a, b = np.zeros(n_bins + 1, np.float32), np.zeros(n_bins + 1, np.float32)
     difference = np.zeros(2 * n_bins + 2, np.float32)  # of j - n_bins bins
+    ends = np.zeros((n_batches, n_sets, 2), np.int64)
     for g in range(first, stop):
+        for batch in range(n_batches):
+            for s in range(n_sets):
+                ends[batch, s, 0], ends[batch, s, 1] = _ends(histograms[batch, s, g], 0, n_bins - 1)
         for c in range(len(left)):
             out = outputs[c, g]
             out[:] = 0
             lowest, highest, added = 2 * n_bins + 1, 0, 0.0
+            move = (slots[c], fractions[c], spread[c])
             for batch in range(n_batches):
                 share = shares[batch]
                 of_gene = histograms[batch, :, g]
-                a0, a1, split_a = _mixture(of_gene, left[c], slots[c], fractions[c], spread[c], a)
-                b0, b1, split_b = _mixture(of_gene, right[c], slots[c], fractions[c], spread[c], b)
+                weights_a, weights_b = left[c] / totals[batch], right[c] / totals[batch]
+                a0, a1, split_a = _mixture(of_gene, ends[batch], weights_a, move, mixed, a)
+                b0, b1, split_b = _mixture(of_gene, ends[batch], weights_b, move, mixed, b)
                 lowest, highest = min(lowest, a0 - b1 + n_bins), max(highest, a1 - b0 + n_bins)
                 added += share * (split_a + split_b)
-                for i in range(a0, a1 + 1):
-                    if a[i] != 0:
-                        _subtract_all(difference, share * a[i], b, b0, b1, i + n_bins)
+                _subtract(difference, share, a, a0, a1, b[b0 : b1 + 1][::-1].copy(), n_bins - b1)
                 n_a, n_b = _effective(left[c], draws[batch]), _effective(right[c], draws[batch])
                 up, down = _tails(a, a0, a1, b, b0, b1, delta[c], n_a, n_b, share, out)
                 out[0] += share * up
                 out[1] += share * down
+                a[a0 : a1 + 1] = 0
+                b[b0 : b1 + 1] = 0
             out[0], out[1] = min(out[0], 1.0), min(out[1], 1.0)  # float32 masses add up to 1 within their roundings
             _moments(difference, lowest, highest, n_bins, added, out)
             out[4] = _quantile(difference, lowest, highest, 0.5) - n_bins
@@ -103,37 +134,50 @@ def _changes(histograms, shares, draws, left, right, slots, fractions, spread, d
             difference[lowest : highest + 1] = 0
 
 
-@kernel
-def _mixture(of_gene, weights, slots, fractions, spread, mixed):
-    """The mixture of histograms (S, K) with a pseudocount added: its ends, and the variance that splitting added."""
-    n_sets, n_bins = of_gene.shape
-    mixed[:] = 0
-    split = 0.0
-    for s in range(n_sets):
-        if weights[s] == 0:
-            continue
-        for k in range(n_bins):
-            mass = of_gene[s, k]
-            if mass != 0:
-                mass *= weights[s]
-                above = mass * fractions[k]
-                mixed[slots[k]] += mass - above
-                mixed[slots[k] + 1] += above
-                split += mass * spread[k] + above * (1 - fractions[k])
-    lowest, highest = 0, n_bins
-    while lowest < n_bins and mixed[lowest] == 0:
+@fast
+def _ends(histogram, lowest, highest):
+    """The first and the last bin with mass between two bins."""
+    while lowest < highest and histogram[lowest] == 0:
         lowest += 1
-    while highest > lowest and mixed[highest] == 0:
+    while highest > lowest and histogram[highest] == 0:
         highest -= 1
+    return lowest, highest
+
+
+@kernel
+def _mixture(of_gene, ends, weights, move, mixed, moved):
+    """The mixture of histograms (S, K) with a pseudocount added: its ends, and the variance that splitting added."""
+    widest_vectors()
+    slots, fractions, spread = move
+    lowest, highest = len(mixed), 0
+    for s in range(len(weights)):
+        if weights[s] != 0:
+            weight, histogram = np.float32(weights[s]), of_gene[s]
+            lowest, highest = min(lowest, ends[s, 0]), max(highest, ends[s, 1])
+            for k in range(ends[s, 0], ends[s, 1] + 1):
+                mixed[k] += weight * histogram[k]
+    split = 0.0
+    for k in range(lowest, highest + 1):
+        mass = mixed[k]
+        above = mass * fractions[k]
+        moved[slots[k]] += mass - above
+        moved[slots[k] + 1] += above
+        split += mass * spread[k] + above * (1 - fractions[k])
+        mixed[k] = 0
+    lowest, highest = _ends(moved, slots[lowest], slots[highest] + 1)
     return lowest, highest, split
 
 
 @kernel
-def _subtract_all(difference, mass, b, b0, b1, i):
-    """Add the pairs of ``mass`` at i with every bin of ``b`` to the bins i - k of the difference."""
+def _subtract(difference, share, a, a0, a1, reversed_b, shift):
+    """Add all pairs of ``a`` and ``b`` to the bins of their difference, b in the order of falling bins."""
     widest_vectors()
-    for k in range(b0, b1 + 1):
-        difference[i - k] += mass * b[k]
+    for i in range(a0, a1 + 1):
+        mass = np.float32(share) * a[i]
+        if mass != 0:
+            row = difference[i + shift :]
+            for k in range(len(reversed_b)):
+                row[k] += mass * reversed_b[k]
 
 
 @fast

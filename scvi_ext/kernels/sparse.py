@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from scvi_ext.kernels.compiler import arrays, fast, in_parallel, kernel, parallel, widest_vectors
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
     from torch import Tensor
 
 
@@ -206,3 +207,32 @@ def _multiply_gradient_in_parts(parts, starts, cells, values, d_out, d_weight):
     n = d_weight.shape[0]
     for part in prange(parts):
         _multiply_gradient(part * n // parts, (part + 1) * n // parts, starts, cells, values, d_out, d_weight)
+
+
+def sums_by_set(counts: csr_matrix, sets: np.ndarray, per_cell: np.ndarray, n_sets: int) -> np.ndarray:
+    """Sums over the cells of each set, (3, S, G): of their counts, of counts times ``per_cell``, and of cells with any.
+
+    ``counts`` has n cells in compressed rows; ``sets`` and ``per_cell`` have a value for each.
+    """
+    parts = np.zeros((torch.get_num_threads(), 3, n_sets, counts.shape[1]))
+    in_parallel(_sums_by_set_in_parts, parts, counts.indptr, counts.indices, counts.data, sets, per_cell)
+    return parts.sum(0)
+
+
+@parallel
+def _sums_by_set_in_parts(n_parts, parts, indptr, genes, values, sets, per_cell):
+    n_cells = len(sets)
+    for part in prange(n_parts):
+        first, stop = part * n_cells // n_parts, (part + 1) * n_cells // n_parts
+        _sums_by_set(parts[part], indptr, genes, values, sets, per_cell, first, stop)
+
+
+@kernel
+def _sums_by_set(sums, indptr, genes, values, sets, per_cell, first, stop):
+    for cell in range(first, stop):
+        of_set = sums[:, sets[cell]]
+        for i in range(indptr[cell], indptr[cell + 1]):
+            gene, value = genes[i], values[i]
+            of_set[0, gene] += value
+            of_set[1, gene] += value * per_cell[cell]
+            of_set[2, gene] += value > 0

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from scanpy import logging as logg
 
@@ -20,11 +19,13 @@ from scvi_ext.fitted import Fitted, in_batch
 from scvi_ext.functional.bayes import bayes_factor, expected_fdr, learned_delta
 from scvi_ext.kernels import changes
 from scvi_ext.kernels.compiler import in_parallel
+from scvi_ext.kernels.sparse import sums_by_set
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
+    import scipy.sparse as sp
     from anndata import AnnData
 
     from scvi_ext._contract import Minibatch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _LOWEST = -24  # log2 of a scale of 6e-8: what is smaller counts as that
 _HIGHEST = {"softmax": 0, "softplus": 12}  # log2 of the largest scale; a softplus is relative to the size factor
 _HISTOGRAM_BYTES = 2**30  # at once; more genes than fit are decoded in several rounds
+_CELLS_AT_ONCE = 2**14  # drawn cells that are held with their counts
 _LEAST_DRAWS = 25  # of a set of cells in a decode batch
 _PER_CELL = 25  # draws of a cell whose importance weights are normalised
 _UNEXPRESSED = 0.01  # mean count of a gene, below which it counts as not expressed (as in scvi-tools)
@@ -152,7 +154,8 @@ def carry_out(
     logg.info(
         "    finished",
         time=start,
-        deep=f"decoded {n_decoded} profiles; genes called at an expected FDR of {options.fdr_target}: {called}\n"
+        deep=f"decoded {n_decoded} profiles; Monte-Carlo error of a probability up to {table['proba_mcse'].max():.2g}\n"
+        f"genes called at an expected FDR of {options.fdr_target:g}: {called}\n"
         f"added\n    {slot!r}, in the layout of sc.tl.rank_genes_groups, and a table (adata.uns)",
     )
 
@@ -180,7 +183,8 @@ def compare(
     """
     n_cells = np.bincount(sets, minlength=len(comparisons[0].left))  # (S,)
     left, right = (_shares(n_cells, [getattr(c, side) for c in comparisons]) for side in ("left", "right"))
-    observed = np.stack([_of_counts(fitted.store.counts, sets, shares) for shares in (left, right)], 1)  # (C, 2, 3, G)
+    of_sets = _of_counts(fitted.store.counts, sets, n_cells)
+    observed = np.stack([np.einsum("cs,isg->cig", shares, of_sets) for shares in (left, right)], 1)  # (C, 2, 3, G)
     pool = _Pool(fitted, sets, n_cells, batches, options, batch_size)
     described, permuted = [], []
     for first in range(0, fitted.store.n_genes, pool.genes_at_once):
@@ -189,10 +193,10 @@ def compare(
             sides = np.stack([left @ scales, right @ scales], 1)  # (C, 2, G)
             pseudocounts = np.array([_pseudocount(*both, options) for both in zip(sides, observed, strict=True)])
             deltas = np.array([_delta(*both, options) for both in zip(sides, pseudocounts, strict=True)])
-        described.append(_describe(histograms, pool.n_effective, left, right, pseudocounts, deltas, options))
+        described.append(_describe(histograms, pool, left, right, pseudocounts, deltas, options))
         if options.permuted:
             both = _shares(n_cells, [c.left | c.right for c in comparisons])
-            null = _describe(histograms, pool.n_effective, both, both, pseudocounts, deltas, options)
+            null = _describe(histograms, pool, both, both, pseudocounts, deltas, options)
             permuted.append(null[..., :2])
     described = np.concatenate(described, 1)
     permuted = np.concatenate(permuted, 1) if permuted else None
@@ -216,16 +220,10 @@ def _shares(n_cells: np.ndarray, sides: Sequence[np.ndarray]) -> np.ndarray:
     return weights / weights.sum(1, keepdims=True)
 
 
-def _of_counts(counts: sp.csr_matrix, sets: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Mean count, mean count per 10,000 of the cell, and share of cells with a count, (C, 3, G) float64."""
-    n_sets = shares.shape[1]
-    members = sp.csr_matrix((np.ones(len(sets)), (sets, np.arange(len(sets)))), (n_sets, len(sets)))
-    members = sp.diags(1 / np.maximum(np.bincount(sets, minlength=n_sets), 1)) @ members
-    totals = np.asarray(counts.sum(1)).ravel()
-    detected = counts.copy()
-    detected.data = (counts.data > 0).astype(np.float32)
-    per_set = (members @ counts, members @ sp.diags(1e4 / np.maximum(totals, 1)) @ counts, members @ detected)
-    return np.stack([shares @ m.toarray() for m in per_set], 1)
+def _of_counts(counts: sp.csr_matrix, sets: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
+    """Mean count, mean count per 10,000 of the cell, and share of cells with a count, of each set, (3, S, G)."""
+    to_10k = 1e4 / np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
+    return sums_by_set(counts, sets, to_10k, len(n_cells)) / n_cells[:, None]
 
 
 class _Pool:
@@ -261,63 +259,68 @@ class _Pool:
         self.rows = [
             np.concatenate([np.resize(rng.permutation(m), n_draws // self.per_cell) for m in members]) for _ in batches
         ]
-        self.seeds = [int(seed) for seed in rng.integers(2**63, size=len(batches))]
+        self.seed = int(rng.integers(2**63))
         self.sets, self.n_sets = sets, n_sets
+        # Draws of one cell are no draws of cells: with importance weights the standard errors count the latter only.
+        self.n_effective = np.full((len(batches), n_sets), float(n_draws // self.per_cell))
         self.highest = _HIGHEST[fitted.module.heads["scale_activation"]]
         self.n_bins = (self.highest - _LOWEST) * changes.PER_DOUBLING + 1
         self.genes_at_once = max(1, _HISTOGRAM_BYTES // (4 * self.n_bins * len(batches) * n_sets))
-        self.n_effective = np.zeros((len(batches), n_sets))
+        self.totals = np.empty_like(self.n_effective)  # of the weights of the draws
         self.n_decoded = 0
 
     def decode(self, genes: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Histograms (D, S, genes, K) of the log2 scale, each adds up to 1, and the mean scale of genes, (S, G)."""
+        """Histograms (D, S, genes, K) of the log2 scale, and the mean scale of all genes, (S, G)."""
         n_genes = self.fitted.store.n_genes
         shape = (len(self.batches), self.n_sets, len(range(n_genes)[genes]), self.n_bins)
         histograms, mean_scale = np.zeros(shape, np.float32), np.zeros((self.n_sets, n_genes))
         for d, batch in enumerate(self.batches):
-            pool = replace(self.fitted, store=self.fitted.store.take(self.rows[d]))
-            of_row = np.repeat(self.sets[self.rows[d]], self.per_cell)
-            total, squares = np.zeros(self.n_sets), np.zeros(self.n_sets)
-            size = self.per_cell * max(n_genes, self.fitted.module.n_noise)
-            draws = pool.map(
-                lambda cells, draws, batch=batch: self._draw(cells, draws, batch),
-                batch_size=self.batch_size,
-                seed=self.seeds[d],
-                floats_per_cell=size,
-            )
-            sums = np.zeros_like(mean_scale)
-            for stretch, (position, weights) in draws:
-                of_draw = of_row[self.per_cell * stretch.start : self.per_cell * stretch.stop]
+            total, sums = np.zeros(self.n_sets), np.zeros_like(mean_scale)
+            for of_draw, position, scale, weights in self._draws(d, batch):
                 in_parallel(changes.add, histograms[d], position[:, genes], of_draw, weights)
-                indicator = np.zeros((self.n_sets, len(weights)), np.float32)
-                indicator[of_draw, np.arange(len(weights))] = weights
-                sums += indicator @ np.exp2(position / np.float32(changes.PER_DOUBLING) + np.float32(_LOWEST))
-                total += indicator.sum(1)
-                squares += (indicator**2).sum(1)
-                self.n_decoded += len(weights)
-            histograms[d] /= total[:, None, None]
+                in_parallel(changes.add_up, sums, scale, of_draw, weights)
+                total += np.bincount(of_draw, weights, self.n_sets)
+            self.totals[d] = total
             mean_scale += sums / total[:, None] / len(self.batches)
-            self.n_effective[d] = total**2 / squares
         return histograms, mean_scale
 
-    def _draw(self, cells: Minibatch, draws: Draws, batch: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of the log2 scale among the bins, (B * S, G), and weights, (B * S,), S draws of a cell together."""
+    def _draws(self, d: int, batch: int | None) -> Iterator[tuple[np.ndarray, ...]]:
+        """Sets, positions, scales and weights of all draws in a decode batch, the same ones every time."""
+        module, n_genes = self.fitted.module, self.fitted.store.n_genes
+        for first in range(0, len(self.rows[d]), _CELLS_AT_ONCE):
+            rows = self.rows[d][first : first + _CELLS_AT_ONCE]
+            drawn = replace(self.fitted, store=self.fitted.store.take(rows)).map(
+                lambda cells, draws: self._draw(cells, draws, batch),
+                batch_size=self.batch_size,
+                seed=int(np.random.default_rng([self.seed, d, first]).integers(2**63)),
+                floats_per_cell=self.per_cell * max(n_genes, module.n_noise),
+            )
+            for stretch, (position, scale, weights) in drawn:
+                self.n_decoded += len(weights)
+                yield np.repeat(self.sets[rows[stretch]], self.per_cell), position, scale, weights
+
+    def _draw(self, cells: Minibatch, draws: Draws, batch: int | None) -> tuple[torch.Tensor, ...]:
+        """Positions of the log2 scale among the bins, scales, and weights; the S draws of a cell come together.
+
+        Shapes (B * S, G), (B * S, G), (B * S,).
+        """
         module = self.fitted.module
         noise = draws.normal(len(cells.x), self.per_cell, module.n_noise)
         posteriors = module.posteriors(cells)
         decoded_in = in_batch(cells, batch)
-        positions, log_weights = [], []
+        scales, log_weights = [], []
         for s in range(self.per_cell):
             z, _ = module.draw(cells, posteriors, noise[:, s])
-            scale = module.scale(module.transform_z(z), decoded_in)
-            position = scale.log2_().sub_(_LOWEST).mul_(changes.PER_DOUBLING)
-            positions.append(position.clamp_(0, self.n_bins - 1.001))
+            scales.append(module.scale(module.transform_z(z), decoded_in))
             if self.per_cell > 1:
                 log_weights.append(module.log_weight(cells, posteriors, noise[:, s]))
         if self.per_cell == 1:
-            return positions[0], torch.ones_like(noise[:, 0, 0])
-        weights = torch.softmax(torch.stack(log_weights, 1), 1) * self.per_cell  # (B, S)
-        return torch.stack(positions, 1).flatten(0, 1), weights.flatten()
+            scale, weights = scales[0], torch.ones_like(noise[:, 0, 0])
+        else:
+            scale = torch.stack(scales, 1).flatten(0, 1)
+            weights = (torch.softmax(torch.stack(log_weights, 1), 1) * self.per_cell).flatten()
+        position = torch.log2(scale).sub_(_LOWEST).mul_(changes.PER_DOUBLING).clamp_(0, self.n_bins - 1.001)
+        return position, scale, weights
 
 
 def _pseudocount(scales: np.ndarray, observed: np.ndarray, options: Options) -> float:
@@ -347,7 +350,7 @@ def _delta(scales: np.ndarray, pseudocount: float, options: Options) -> float:
 
 def _describe(
     histograms: np.ndarray,
-    n_effective: np.ndarray,
+    pool: _Pool,
     left: np.ndarray,
     right: np.ndarray,
     pseudocounts: np.ndarray,
@@ -367,8 +370,9 @@ def _describe(
     in_parallel(
         changes.changes,
         histograms,
+        pool.totals,
         np.full(n_batches, 1 / n_batches),
-        n_effective,
+        pool.n_effective,
         left,
         right,
         slots,

@@ -31,7 +31,7 @@ def differential_expression(
     batch_correction: bool = False,
     transform_batch: Any = None,
     weights: Literal["importance"] | None = None,
-    n_samples: int = 20_000,
+    n_samples: int = 5000,
     credible_interval: float = 0.95,
     fdr_target: float = 0.05,
     min_fraction: float = 0.0,
@@ -82,7 +82,8 @@ def differential_expression(
         ``"importance"`` weighs 25 draws of each drawn cell by p(x, z) / q(z | x), so that they stand for the exact
         posterior.
     n_samples
-        Profiles to decode, shared evenly by all groups (and batches to decode in).
+        Profiles to decode, shared evenly by all groups (and batches to decode in). The columns ``proba_mcse`` and
+        ``lfc_mcse`` say how much is left to chance; with dozens of groups take more.
     credible_interval
         Probability inside ``lfc_low`` to ``lfc_high``.
     fdr_target

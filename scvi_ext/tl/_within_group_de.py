@@ -29,7 +29,7 @@ def within_group_de(
     batch_correction: bool = False,
     transform_batch: Any = None,
     weights: Literal["importance"] | None = None,
-    n_samples: int = 20_000,
+    n_samples: int = 5000,
     credible_interval: float = 0.95,
     fdr_target: float = 0.05,
     min_fraction: float = 0.0,

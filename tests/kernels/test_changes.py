@@ -13,12 +13,12 @@ N_BINS = 400
 
 
 def histogram(positions, sets, n_sets, weights=None):
-    """Draws (B, G) as histograms (S, G, K) that add up to 1."""
+    """Draws (B, G) as histograms (S, G, K)."""
     positions = np.asarray(positions, np.float32)
     weights = np.ones(len(positions), np.float32) if weights is None else np.asarray(weights, np.float32)
     found = np.zeros((n_sets, positions.shape[1], N_BINS), np.float32)
     in_parallel(changes.add, found, positions, np.asarray(sets), weights)
-    return found / found.sum(2, keepdims=True)
+    return found
 
 
 def describe(histograms, left, right, draws, *, delta=10.5, tail=0.025, moved=None, shares=None):
@@ -31,7 +31,7 @@ def describe(histograms, left, right, draws, *, delta=10.5, tail=0.025, moved=No
     sides = [np.atleast_2d(np.asarray(side, float)) for side in (left, right)]
     in_parallel(
         changes.changes,
-        *(histograms, shares, np.asarray(draws, float), *sides),
+        *(histograms, histograms[:, :, 0].sum(2), shares, np.asarray(draws, float), *sides),
         *(slots[None], fractions[None], spread[None], np.array([delta]), tail, out),
     )
     return dict(zip(changes.OUTPUTS, out[0].T, strict=True))
@@ -114,11 +114,12 @@ def test_fold_changes_with_a_pseudocount_are_those_of_continuous_draws(sd, rng):
     """Positions anywhere between the bins, and a pseudocount as large as the scales themselves."""
     a, b = rng.normal(220, sd, (400, 2)), rng.normal(210, sd, (300, 2))
     both = histogram(np.concatenate([a, b]), np.repeat([0, 1], [400, 300]), 2)[None]
-    moved = changes.PER_DOUBLING * np.log2(2 ** (np.arange(N_BINS) / changes.PER_DOUBLING) + 2 ** (215 / 64))
+    per = changes.PER_DOUBLING
+    moved = per * np.log2(2 ** (np.arange(N_BINS) / per) + 2 ** (215 / per))
     found = describe(both, [1, 0], [0, 1], [[400, 300]], delta=4.0, moved=moved)
     for g in range(2):
-        c = 2 ** (215 / 64)
-        va, vb = (changes.PER_DOUBLING * np.log2(2 ** (v[:, g] / changes.PER_DOUBLING) + c) for v in (a, b))
+        c = 2 ** (215 / per)
+        va, vb = (per * np.log2(2 ** (v[:, g] / per) + c) for v in (a, b))
         difference = pairs(va, vb)
         near = (abs(difference - 4) < 2).mean()  # what the width of the bins can move across the border
         assert abs(found["up"][g] - (difference >= 4).mean()) <= 0.2 * near

@@ -82,7 +82,7 @@ def test_it_is_what_all_pairs_of_samples_say(adata, options):
     np.testing.assert_allclose(table["lfc_sd"], change.std(0), rtol=0.15)  # of 1,200 samples, with heavy tails
     for name, q in (("median", 0.5), ("low", 0.025), ("high", 0.975)):
         off = abs(table[f"lfc_{name}"] - np.quantile(change, q, axis=0))
-        assert (off < 0.5 * change.std(0)).all()
+        assert (off < 0.5 * change.std(0) + 1 / 32).all()  # the width of a bin
         assert off.mean() < 0.1 * change.std(0).mean()
 
 
@@ -144,8 +144,6 @@ def test_profiles_are_decoded_once_for_all_groups(adata):
 
 def test_only_drawn_cells_are_encoded(adata, monkeypatch):
     seen = []
-    take = _compare.Fitted.__dataclass_fields__  # the class is frozen: watch the store instead
-    assert "store" in take
     original = _compare.replace
 
     def watched(instance, **changes):
@@ -154,8 +152,9 @@ def test_only_drawn_cells_are_encoded(adata, monkeypatch):
         return original(instance, **changes)
 
     monkeypatch.setattr(_compare, "replace", watched)
+    monkeypatch.setattr(_compare, "_CELLS_AT_ONCE", 128)  # so that memory does not grow with their number
     result(adata, "type", n_samples=300)
-    assert seen == [300]
+    assert seen == [128, 128, 44]
 
 
 def test_two_sides_given_by_their_cells_are_the_same_as_two_groups(adata):
