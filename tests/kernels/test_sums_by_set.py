@@ -14,7 +14,8 @@ from scvi_ext.kernels.sparse import sums_by_set
 @pytest.mark.parametrize("n_cells", [1, 7, 200])
 def test_they_are_products_with_the_members_of_the_sets(n_threads, n_cells):
     rng = np.random.default_rng(0)
-    counts = sp.random(n_cells, 30, 0.3, "csr", np.float32, rng, lambda n: rng.integers(0, 5, n))  # zeros are stored too
+    # zeros are stored too
+    counts = sp.random(n_cells, 30, 0.3, "csr", np.float32, rng, lambda n: rng.integers(0, 5, n))
     sets, per_cell = rng.integers(0, 4, n_cells), rng.random(n_cells)
     before = torch.get_num_threads()
     try:
