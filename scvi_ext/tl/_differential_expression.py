@@ -35,7 +35,7 @@ def differential_expression(
     credible_interval: float = 0.95,
     fdr_target: float = 0.05,
     min_fraction: float = 0.0,
-    min_cells: int = 10,
+    min_cells: int = 1,
     permuted: bool = False,
     indices: Sequence | None = None,
     batch_size: int | None = None,
@@ -91,7 +91,8 @@ def differential_expression(
     min_fraction
         Genes that are found in a smaller share of the cells, on both sides, are not called.
     min_cells
-        Smaller groups are left out by ``groups="all"``; they remain part of the rest.
+        Smaller groups are left out by ``groups="all"``; they remain part of the rest. (Some of scanpy's pictures need a
+        result for every group that cells have.)
     permuted
         Add ``proba_permuted``: the same probability for pairs drawn at random from both sides together.
     indices
