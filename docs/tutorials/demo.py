@@ -1,4 +1,4 @@
-"""From the counts of 700 real PBMCs to a scVI latent space, clusters beside those of PCA, and LDVAE loadings.
+"""From the counts of 700 real PBMCs to a scVI latent space, clusters beside those of PCA, markers, LDVAE loadings.
 
 Run it with ``make demo``; it writes into the folder ``demo``.
 """
@@ -81,6 +81,10 @@ def main() -> None:
     sc.tl.umap(adata, neighbors_key="scvi", random_state=0)
     sc.pl.umap(adata, color=[CELL_TYPES, "leiden"], wspace=0.6, show=False)
     save("umap.png")
+
+    sx.tl.differential_expression(adata, CELL_TYPES)
+    sc.pl.rank_genes_groups_dotplot(adata, key="scvi_de", n_genes=3, layer="log1p", dendrogram=False, show=False)
+    save("markers.png")
 
     sx.tl.fit(adata, model="ldvae")
     sx.tl.get_loadings(adata)
