@@ -94,6 +94,9 @@ def table(
     adata = adata.copy() if copy else adata
     seed = resolve_seed(seed)
     slot = METRICS if key_added is None else valid_key(key_added)
+    if slot == UNS.root:
+        msg = f"adata.uns[{slot!r}] holds the fits themselves: choose another name, key_added=..."
+        raise ValueError(msg)
     keys = _columns(adata, batch_key, labels_key)
     codes = {role: obs_codes(adata, key) for role, key in keys.items()}
     values = {rep: rep_values(adata, rep) for rep in _representations(adata, use_reps)}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 
 from scvi_ext import get
-from scvi_ext._errors import listing
+from scvi_ext._errors import listing, whole_number
 from scvi_ext.pl._finish import finish
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def volcano(
     >>> sx.tl.differential_expression(adata, "bulk_labels", n_samples=2000)
     >>> ax = sx.pl.volcano(adata, "CD19+ B", show=False)
     """
+    whole_number("n_names", n_names, 0)
     table = get.de_df(adata, group, key=key)
     groups = table["group"].unique()
     if len(groups) > 1:

@@ -35,6 +35,7 @@ _LOWEST = -24  # log2 of a scale of 6e-8: what is smaller counts as that
 _HIGHEST = {"softmax": 0, "softplus": 12}  # log2 of the largest scale; a softplus is relative to the size factor
 _HISTOGRAM_BYTES = 2**30  # at once; more genes than fit are decoded in several rounds
 _CELLS_AT_ONCE = 2**14  # drawn cells that are held with their counts
+_LEAST_GENES = 10  # to learn delta from
 _LEAST_DRAWS = 25  # of a set of cells in a decode batch
 _PER_CELL = 25  # draws of a cell whose importance weights are normalised
 _UNEXPRESSED = 0.01  # mean count of a gene, below which it counts as not expressed (as in scvi-tools)
@@ -68,12 +69,15 @@ class Options:
         if options.delta is not None and not 0 < number("delta", options.delta) < np.inf:
             msg = f"delta={options.delta!r} must be positive (a log2 fold change), or None to learn it from the data."
             raise ValueError(msg)
-        if options.pseudocount is not None and not 2.0**_LOWEST <= number("pseudocount", options.pseudocount) < 1:
+        if options.pseudocount is not None and not 2.0**_LOWEST <= number("pseudocount", options.pseudocount) < np.inf:
             msg = (
                 f"pseudocount={options.pseudocount!r} must be at least {2.0**_LOWEST:.2g}, the smallest scale "
-                "that is told apart, and below 1; None takes it from the genes that are not expressed."
+                "that is told apart, and finite; None takes it from the genes that are not expressed."
             )
             raise ValueError(msg)
+        if not isinstance(options.permuted, bool):
+            msg = f"permuted={options.permuted!r} is a {type(options.permuted).__name__}; True or False is needed."
+            raise TypeError(msg)
         for name in ("credible_interval", "fdr_target"):
             if not 0 < number(name, getattr(options, name)) < 1:
                 msg = f"{name}={getattr(options, name)!r} must lie between 0 and 1."
@@ -82,11 +86,11 @@ class Options:
             msg = f"min_fraction={options.min_fraction!r} must be a share of cells, from 0 to 1."
             raise ValueError(msg)
         if options.mode == "vanilla":
-            without_effect = {"hypothesis": "three", "delta": 0.25}
-            changed = [name for name, default in without_effect.items() if getattr(options, name) != default]
-            if changed:
-                msg = f"{' and '.join(changed)} have no effect with mode='vanilla', which asks for any difference."
-                raise ValueError(msg)
+            defaults = {"hypothesis": "three", "delta": 0.25, "pseudocount": None}
+            for name, default in defaults.items():
+                if getattr(options, name) != default:
+                    msg = f"{name} has no effect with mode='vanilla', which asks for any difference of the scales."
+                    raise ValueError(msg)
         return options
 
 
@@ -102,6 +106,9 @@ class Comparison:
 
 def groups_of(adata: AnnData, name: str, indices: Any = None) -> tuple[list[str], np.ndarray]:
     """Names of the groups in ``adata.obs[name]`` and the code of every cell, -1 for none or outside ``indices``."""
+    if not isinstance(name, str):
+        msg = f"{name!r} is a {type(name).__name__}; the name of a column of adata.obs is needed."
+        raise TypeError(msg)
     values = pd.Categorical(column(adata.obs, name))
     codes = values.codes.astype(np.int64)
     if indices is not None:
@@ -128,6 +135,9 @@ def carry_out(
     key_added: str | None,
 ) -> None:
     """Compare sets of the cells of ``adata`` (-1: none) and write the slot that ``FitKeys`` calls ``what``."""
+    if not isinstance(batch_correction, bool):
+        msg = f"batch_correction={batch_correction!r} is a {type(batch_correction).__name__}; True or False is needed."
+        raise TypeError(msg)
     if batch_correction and transform_batch is not None:
         msg = "batch_correction=True decodes in all batches: leave out transform_batch, or batch_correction."
         raise ValueError(msg)
@@ -191,7 +201,8 @@ def compare(
         histograms, scales = pool.decode(slice(first, first + pool.genes_at_once))
         if first == 0:
             sides = np.stack([left @ scales, right @ scales], 1)  # (C, 2, G)
-            pseudocounts = np.array([_pseudocount(*both, options) for both in zip(sides, observed, strict=True)])
+            n_on_sides = np.array([[n_cells[c.left].sum(), n_cells[c.right].sum()] for c in comparisons])
+            pseudocounts = np.array([_pseudocount(*a, options) for a in zip(sides, observed, n_on_sides, strict=True)])
             deltas = np.array([_delta(*both, options) for both in zip(sides, pseudocounts, strict=True)])
         described.append(_describe(histograms, pool, left, right, pseudocounts, deltas, options))
         if options.permuted:
@@ -229,8 +240,8 @@ def _of_counts(counts: sp.csr_matrix, sets: np.ndarray, n_cells: np.ndarray) -> 
 class _Pool:
     """Draws of the scale, cells first: only those drawn are decoded, once for all comparisons.
 
-    Every set of cells has the same number of draws in every decode batch, and every cell of a set as many as any other,
-    or one more.
+    From every set of cells as many are drawn in every decode batch, and every cell of a set as often as any other, or
+    once more. A drawn cell has one sample, or several with importance weights.
     """
 
     def __init__(
@@ -256,13 +267,11 @@ class _Pool:
         rng = np.random.default_rng(options.seed)
         members = [np.flatnonzero(sets == s) for s in range(n_sets)]
         # Each set of the cells, shuffled, is gone through again and again until there are enough.
-        self.rows = [
-            np.concatenate([np.resize(rng.permutation(m), n_draws // self.per_cell) for m in members]) for _ in batches
-        ]
+        self.rows = [np.concatenate([np.resize(rng.permutation(m), n_draws) for m in members]) for _ in batches]
         self.seed = int(rng.integers(2**63))
         self.sets, self.n_sets = sets, n_sets
-        # Draws of one cell are no draws of cells: with importance weights the standard errors count the latter only.
-        self.n_effective = np.full((len(batches), n_sets), float(n_draws // self.per_cell))
+        # Samples of one cell are no draws of cells, so the standard errors count the latter only.
+        self.n_effective = np.full((len(batches), n_sets), float(n_draws))
         self.highest = _HIGHEST[fitted.module.heads["scale_activation"]]
         self.n_bins = (self.highest - _LOWEST) * changes.PER_DOUBLING + 1
         self.genes_at_once = max(1, _HISTOGRAM_BYTES // (4 * self.n_bins * len(batches) * n_sets))
@@ -323,15 +332,23 @@ class _Pool:
         return position, scale, weights
 
 
-def _pseudocount(scales: np.ndarray, observed: np.ndarray, options: Options) -> float:
+def _pseudocount(scales: np.ndarray, observed: np.ndarray, n_cells: np.ndarray, options: Options) -> float:
     """What is added to scales: as much as the decoder gives to genes that are not expressed, on the side with more.
 
-    Of the mean scales of the genes with hardly any count on a side, the 0.9 quantile.
+    Of the mean scales of the genes with hardly any count on a side, the 0.9 quantile. A few cells cannot show that a
+    gene is not expressed: such a side is not asked, or if both are small, they are asked together.
     """
+    if options.mode == "vanilla":
+        return 0.0
     if options.pseudocount is not None:
         return float(options.pseudocount)
+    raw_means = observed[:, 0]
+    asked = n_cells >= 1 / _UNEXPRESSED
+    if not asked.any():
+        together = n_cells / n_cells.sum()
+        scales, raw_means, asked = (together @ scales)[None], (together @ raw_means)[None], [True]
     found = [2.0**_LOWEST]
-    for scale, (raw_mean, *_) in zip(scales, observed, strict=True):
+    for scale, raw_mean in zip(scales[asked], raw_means[asked], strict=True):
         unexpressed = raw_mean < _UNEXPRESSED
         if unexpressed.any():
             found.append(float(np.quantile(scale[unexpressed], 0.9)))
@@ -344,6 +361,9 @@ def _delta(scales: np.ndarray, pseudocount: float, options: Options) -> float:
         return 0.0
     if options.delta is not None:
         return float(options.delta)
+    if scales.shape[1] < _LEAST_GENES:
+        msg = f"delta=None learns from the genes, of which there are {scales.shape[1]}: give a number, such as 0.25."
+        raise ValueError(msg)
     left, right = np.log2(scales + pseudocount)
     return learned_delta(left - right, options.seed)
 
@@ -360,9 +380,7 @@ def _describe(
     """What ``kernels.changes`` says of the changes between both sides, (C, G, outputs), in bins."""
     n_batches, _, n_genes, n_bins = histograms.shape
     scales = np.exp2(np.arange(n_bins) / changes.PER_DOUBLING + _LOWEST)
-    # Not added in vanilla mode, which asks which of two scales is larger.
-    added = np.zeros_like(pseudocounts) if options.mode == "vanilla" else pseudocounts
-    positions = (np.log2(scales + added[:, None]) - _LOWEST) * changes.PER_DOUBLING
+    positions = (np.log2(scales + pseudocounts[:, None]) - _LOWEST) * changes.PER_DOUBLING
     slots = np.clip(positions.astype(np.int64), 0, n_bins - 1)
     fractions = np.clip(positions - slots, 0, 1).astype(np.float32)
     spread = changes.SPLIT_VARIANCE * np.gradient(positions, axis=1) ** 2

@@ -72,18 +72,19 @@ def differential_expression(
     delta
         Smallest log2 fold change that counts; None learns it from the fold changes of all genes.
     pseudocount
-        Added to scales (which sum to 1) before the logarithm. None takes what the decoder gives to genes that are
-        hardly found in the cells (mean count below 0.01), so that noise about nothing is no change.
+        Added to scales (which sum to 1, unless the fit has a size factor) before the logarithm. None takes what the
+        decoder gives to genes that are hardly found (mean count below 0.01) in the cells of a side, of 100 or more, so
+        that noise about nothing is no change.
     batch_correction
         Decode every drawn cell as if it came from each of all batches in turn. Pairs are made within a batch.
     transform_batch
         The same with one batch, or with several.
     weights
-        ``"importance"`` weighs 25 draws of each drawn cell by p(x, z) / q(z | x), so that they stand for the exact
-        posterior.
+        ``"importance"`` takes 25 samples of each drawn cell, and weighs them by p(x, z) / q(z | x), so that they stand
+        for the exact posterior.
     n_samples
-        Profiles to decode, shared evenly by all groups (and batches to decode in). The columns ``proba_mcse`` and
-        ``lfc_mcse`` say how much is left to chance; with dozens of groups take more.
+        Cells to draw and decode, shared evenly by all groups (and batches to decode in). The columns ``proba_mcse`` and
+        ``lfc_mcse`` say how much is left to chance at most; with dozens of groups take more.
     credible_interval
         Probability inside ``lfc_low`` to ``lfc_high``.
     fdr_target
@@ -193,13 +194,17 @@ def _of_groups(
 ) -> tuple[np.ndarray, list[Comparison]]:
     """The set of every cell of ``adata``, -1 for none, and the comparisons of groups."""
     names, codes = groups_of(adata, groupby, indices)
+    reference = str(reference)
+    if "rest" in names:
+        msg = f"adata.obs[{groupby!r}] has a group called 'rest', which stands for all other cells here: rename it."
+        raise ValueError(msg)
     n_cells = dict(zip(names, np.bincount(codes[codes >= 0], minlength=len(names)), strict=True))
     present = [name for name in names if n_cells[name]]
     others = [] if reference == "rest" else [reference]
     if isinstance(groups, str) and groups == "all":
         tested = [name for name in present if n_cells[name] >= min_cells and name not in others]
     else:
-        tested = [str(group) for group in ([groups] if isinstance(groups, str) else groups)]
+        tested = [str(group) for group in (groups if np.iterable(groups) and not isinstance(groups, str) else [groups])]
     for name in [*tested, *others]:
         if name not in present:
             raise missing_key(f"adata.obs[{groupby!r}]", name, present)
@@ -224,17 +229,14 @@ def _of_indices(
 ) -> tuple[np.ndarray, list[Comparison]]:
     """The same for two sides that are given by their cells."""
     sets = np.full(adata.n_obs, -1 if idx2 is not None else 1)
-    if indices is not None:
-        sets[np.setdiff1d(np.arange(adata.n_obs), resolve_indices(adata, indices))] = -1
-        msg = "indices has no effect with idx1 and idx2, which say already which cells take part."
-        if idx2 is not None:
-            raise ValueError(msg)
     sides = [resolve_indices(adata, idx) for idx in (idx1, idx2) if idx is not None]
     if len(sides) == 2 and np.intersect1d(*sides).size:
         msg = f"idx1 and idx2 share {np.intersect1d(*sides).size} cells: the sides must be apart."
         raise ValueError(msg)
     for number, side in enumerate(sides):
         sets[side] = number
+    if indices is not None:
+        sets[np.setdiff1d(np.arange(adata.n_obs), resolve_indices(adata, indices))] = -1
     for number in (0, 1):
         if not (sets == number).any():
             msg = f"There are no cells in idx{number + 1}" + (

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scanpy import logging as logg
 
 from scvi_ext._errors import listing, missing_key, whole_number
 from scvi_ext.tl._compare import Comparison, Options, carry_out, groups_of
@@ -127,6 +128,9 @@ def within_group_de(
             f"{reference!r}: lower min_cells, or choose other conditions."
         )
         raise ValueError(msg)
+    left_out = [name for i, name in enumerate(names) if i not in enough and any(n[i] for n in n_cells)]
+    if left_out:
+        logg.info(f"{len(left_out)} groups have fewer than {min_cells} cells in a condition: {listing(left_out)}")
     sets = np.full(adata.n_obs, -1)
     for number, side in enumerate(sides):
         for position, group in enumerate(enough):

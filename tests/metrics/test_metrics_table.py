@@ -114,3 +114,13 @@ def test_a_table_that_is_not_there(latents):
         sx.get.metrics_df(latents)
     with pytest.raises(KeyError, match=r"'mine' is not in adata.uns, which has: 'scvi_ext'"):
         sx.get.metrics_df(latents, "mine")
+
+
+def test_the_fits_are_not_overwritten(fitted):
+    before = fitted.uns["scvi_ext"].keys()
+    with pytest.raises(ValueError, match="holds the fits themselves"):
+        sx.metrics.table(fitted, labels_key="cell_type", key_added="scvi_ext")
+    assert fitted.uns["scvi_ext"].keys() == before
+    fitted.uns["other"] = {}
+    with pytest.raises(KeyError, match="has no table of metrics"):
+        sx.get.metrics_df(fitted, "other")

@@ -139,7 +139,7 @@ def test_profiles_are_decoded_once_for_all_groups(adata):
         return adata.uns["scvi_de"]["params"]["n_decoded"]
 
     assert n_decoded() == n_decoded(groups=["a"], reference="b") == n_decoded(batch_correction=True) == N_SAMPLES
-    assert n_decoded(weights="importance") == N_SAMPLES
+    assert n_decoded(weights="importance") == 25 * N_SAMPLES
 
 
 def test_only_drawn_cells_are_encoded(adata, monkeypatch):
@@ -195,6 +195,47 @@ def test_small_groups_are_left_out_but_stay_in_the_rest(adata):
     )
 
 
+def test_a_restriction_holds_for_both_sides(adata):
+    found = result(adata, idx1=np.arange(10), indices=np.arange(5, 300))
+    expected = result(adata, idx1=np.arange(5, 10), idx2=np.arange(10, 300))
+    numbers = [column for column in found if column not in ("group", "reference")]
+    pd.testing.assert_frame_equal(found[numbers], expected[numbers])
+
+
+def test_a_few_cells_do_not_make_the_pseudocount(adata):
+    """A gene that three cells do not have may well be expressed."""
+    few, rest = adata.obs["type"].to_numpy() == "a", adata.obs["type"].to_numpy() != "a"
+    whole = result(adata, idx1=few, idx2=rest)["pseudocount"].iloc[0]
+    for n in (1, 3, 30):
+        found = result(adata, idx1=np.flatnonzero(few)[:n], idx2=rest)["pseudocount"].iloc[0]
+        assert found == pytest.approx(whole, rel=0.2)  # of draws of the rest alone
+    both_few = result(adata, idx1=np.flatnonzero(few)[:30], idx2=np.flatnonzero(rest)[:60])["pseudocount"].iloc[0]
+    assert both_few < 3 * whole
+    assert (result(adata, "type", mode="vanilla")["pseudocount"] == 0).all()
+
+
+def test_noise_is_not_called_however_few_the_draws(adata):
+    halves = np.random.default_rng(0).permutation(adata.n_obs)
+    for options in ({}, {"weights": "importance"}):
+        table = result(adata, idx1=halves[:300], n_samples=50, **options)
+        assert not table["is_de"].any()
+
+
+def test_a_group_must_not_be_called_rest(adata):
+    adata.obs["type"] = adata.obs["type"].cat.rename_categories({"c": "rest"})
+    with pytest.raises(ValueError, match="has a group called 'rest'"):
+        sx.tl.differential_expression(adata, "type")
+
+
+def test_delta_is_not_learned_from_a_handful_of_genes(adata):
+    few = adata[:, :5].copy()
+    few = few[np.asarray(few.X.sum(1)).ravel() > 0].copy()
+    sx.pp.setup_anndata(few, batch_key="batch")
+    sx.tl.fit(few, max_epochs=1, n_hidden=8, progress=False)
+    with pytest.raises(ValueError, match="delta=None learns from the genes, of which there are 5"):
+        sx.tl.differential_expression(few, "type", delta=None)
+
+
 def test_batches_are_taken_out_where_they_are_not_shared(adata):
     """Group and batch are confounded: without correction the genes of the batch differ, with it they do not."""
     chosen = ((adata.obs["type"] == "b") & (adata.obs["batch"] == "0")) | (
@@ -242,7 +283,7 @@ def test_permuted_pairs_show_no_direction(adata):
 def test_importance_weights_are_those_of_the_draws(adata):
     """All samples of one cell: the weighted mean is the one that normalised expression has with the same draws."""
     idx1, idx2 = [0], [1]
-    table = result(adata, idx1=idx1, idx2=idx2, weights="importance", n_samples=20_000)
+    table = result(adata, idx1=idx1, idx2=idx2, weights="importance", n_samples=800)
     many = sx.tl.get_normalized_expression(
         adata, library_size=1.0, n_samples=10_000, weights="importance", indices=idx1, copy=True
     ).layers["scvi_normalized"][0]
@@ -392,6 +433,9 @@ def test_groups_of_any_kind_are_named_by_their_text(adata, values):
     table = result(adata, "kind", n_samples=400)
     assert set(table["group"]) == {str(v) for v in values}
     assert set(result(adata, "kind", groups=[str(values[0])], n_samples=400)["group"]) == {str(values[0])}
+    assert set(result(adata, "kind", groups=values[0], reference=values[1], n_samples=400)["reference"]) == {
+        str(values[1])
+    }
 
 
 @pytest.mark.parametrize(
@@ -404,7 +448,12 @@ def test_groups_of_any_kind_are_named_by_their_text(adata, values):
         ({"idx1": [0, 1], "idx2": [1, 2]}, ValueError, "share 1 cells"),
         ({"idx1": [], "idx2": [1, 2]}, ValueError, "There are no cells in idx1"),
         ({"idx1": slice(None)}, ValueError, r"There are no cells in idx2 \(all cells but idx1\)"),
-        ({"idx1": [0], "idx2": [1], "indices": [0, 1]}, ValueError, "indices has no effect with idx1 and idx2"),
+        ({"idx1": [0], "idx2": [1], "indices": [1, 2]}, ValueError, "There are no cells in idx1"),
+        ({"groupby": ["type"]}, TypeError, "the name of a column of adata.obs is needed"),
+        ({"groupby": "type", "groups": None}, KeyError, "'None' is not in"),
+        ({"groupby": "type", "batch_correction": "yes"}, TypeError, "batch_correction='yes' is a str"),
+        ({"groupby": "type", "permuted": 1}, TypeError, "permuted=1 is a int"),
+        ({"groupby": "type", "mode": "vanilla", "pseudocount": 1e-3}, ValueError, "pseudocount has no effect"),
         ({"groupby": "typ"}, KeyError, "typ"),
         ({"groupby": "type", "groups": ["d"]}, KeyError, "'d' is not in"),
         ({"groupby": "type", "reference": "d"}, KeyError, "'d' is not in"),
@@ -413,7 +462,7 @@ def test_groups_of_any_kind_are_named_by_their_text(adata, values):
         ({"groupby": "type", "groups": []}, ValueError, "There is nothing to compare"),
         ({"groupby": "type", "min_cells": 10_000}, ValueError, "groups='all' needs 10000 cells"),
         ({"groupby": "type", "mode": "changed"}, ValueError, "Did you mean 'change'"),
-        ({"groupby": "type", "mode": "vanilla", "delta": 0.5}, ValueError, "delta have no effect with mode='vanilla'"),
+        ({"groupby": "type", "mode": "vanilla", "delta": 0.5}, ValueError, "delta has no effect with mode='vanilla'"),
         ({"groupby": "type", "delta": 0}, ValueError, "delta=0 must be positive"),
         ({"groupby": "type", "delta": "auto"}, TypeError, "delta='auto' is a str"),
         ({"groupby": "type", "pseudocount": 0.0}, ValueError, "pseudocount=0.0 must be at least"),
