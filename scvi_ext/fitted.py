@@ -146,6 +146,11 @@ class Fitted:
         if gene_list is None:
             return None
         gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+        other = next((gene for gene in gene_list if not isinstance(gene, str)), None)
+        if other is not None:
+            kind = type(other).__name__
+            msg = f"gene_list holds {other!r} ({kind}); names are needed: of a mask or positions, adata.var_names[...]."
+            raise TypeError(msg)
         repeated = sorted({gene for gene in gene_list if gene_list.count(gene) > 1})
         if repeated or not gene_list:
             found = (

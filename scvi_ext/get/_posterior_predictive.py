@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scvi_ext._errors import missing_key
+from scvi_ext._errors import listing, missing_key
 from scvi_ext._keys import FitKeys
 from scvi_ext.data.registry import read_fit
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
+
+_TABLES = ("genes", "cells", "calibration")
 
 
 def posterior_predictive(adata: AnnData, key: str | None = None) -> dict[str, pd.DataFrame]:
@@ -28,7 +30,7 @@ def posterior_predictive(adata: AnnData, key: str | None = None) -> dict[str, pd
     Raises
     ------
     KeyError
-        No such fit or check.
+        No such fit or check, or something else has that name.
 
     Examples
     --------
@@ -42,7 +44,10 @@ def posterior_predictive(adata: AnnData, key: str | None = None) -> dict[str, pd
     """
     slot = FitKeys(read_fit(adata).key if key is None else key).posterior_predictive
     slot = key if slot not in adata.uns and key in adata.uns else slot
-    if slot not in adata.uns:
-        checks = [name for name, value in adata.uns.items() if isinstance(value, dict) and "calibration" in value]
+    checks = [name for name, value in adata.uns.items() if isinstance(value, dict) and value.keys() >= set(_TABLES)]
+    if slot in adata.uns and slot not in checks:
+        msg = f"adata.uns[{slot!r}] is no posterior predictive check; adata.uns has these: {listing(checks)}."
+        raise KeyError(msg)
+    if slot not in checks:
         raise missing_key("adata.uns (call tl.posterior_predictive_check first)", slot, checks)
-    return {name: adata.uns[slot][name].copy() for name in ("genes", "cells", "calibration")}
+    return {name: adata.uns[slot][name].copy() for name in _TABLES}

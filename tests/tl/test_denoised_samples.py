@@ -118,6 +118,8 @@ def test_nothing_is_written_and_no_global_generator_is_touched(fitted):
         ({"library_size": "latent"}, TypeError, "a number is needed"),
         ({"transform_batch": "b7"}, ValueError, "transform_batch='b7' is not one of"),
         ({"gene_list": ["nope"]}, KeyError, "1 of the 1 genes in gene_list are not in the fit: 'nope'"),
+        ({"gene_list": [True, False]}, TypeError, r"gene_list holds True \(bool\); names are needed"),
+        ({"gene_list": np.arange(3)}, TypeError, r"gene_list holds .*0.* \(int64\); names are needed"),
         ({"indices": []}, ValueError, "There are no cells"),
         ({"key": "nope"}, KeyError, "'nope' is not in"),
     ],

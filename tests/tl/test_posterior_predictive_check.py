@@ -268,5 +268,10 @@ def test_get_finds_the_check_of_a_fit_or_by_its_name(fitted):
     assert by_default["genes"].equals(fitted.uns[SLOT]["genes"])
     assert named["genes"].equals(fitted.uns["mine"]["genes"])
     assert sx.get.posterior_predictive(fitted, "scvi")["genes"].equals(by_default["genes"])
+    fitted.uns["foreign"], fitted.uns["ldvae_posterior_predictive"] = {"calibration": 1.0}, [1]
+    for key, slot in (("foreign", "foreign"), ("ldvae", "ldvae_posterior_predictive")):
+        message = rf"adata\.uns\['{slot}'\] is no posterior predictive check; adata\.uns has these: '{SLOT}', 'mine'\."
+        with pytest.raises(KeyError, match=message):
+            sx.get.posterior_predictive(fitted, key)
     named["genes"].iloc[:] = 0
     assert (fitted.uns["mine"]["genes"] != 0).any(axis=None)
