@@ -150,7 +150,7 @@ def carry_out(
     batches = fitted.batch_codes(fitted.registry.batch_categories if batch_correction else transform_batch)
     slot = fitted.slot("uns", getattr(fitted.keys, what), key_added)
     start = logg.info(f"comparing {len(comparisons)} groups of cells by fit {fitted.fit.key!r}")
-    table, n_decoded = compare(fitted, sets[chosen], comparisons, batches, options, batch_size)
+    columns, n_decoded = _compare(fitted, sets[chosen], comparisons, batches, options, batch_size)
     params = {**described, "method": f"scvi_ext {options.mode}", "use_raw": False, "fit": fitted.fit.key}
     params |= {name: value for name, value in asdict(options).items() if value is not None}
     params |= {"pvals": "1 - proba_de", "pvals_adj": "expected false discovery rate", "n_decoded": n_decoded}
@@ -158,27 +158,28 @@ def carry_out(
         params["batches"] = np.array([fitted.registry.batch_categories[batch] for batch in batches])
     if fitted.registry.layer is not None:
         params["layer"] = fitted.registry.layer
-    results.write_uns(adata, slot, ranked(table, params))
-    n_called = table.groupby("group", sort=False, observed=True)["is_de"].sum()
-    called = ", ".join(f"{group}: {n}" for group, n in n_called.head(10).items())
+    genes, groups = fitted.fit.var_names, [comparison.group for comparison in comparisons]
+    layout = _ranked(columns, genes, groups)
+    results.write_uns(adata, slot, {"params": params, **layout, "table": _table(columns, genes, comparisons)})
+    called = ", ".join(f"{group}: {n}" for group, n in zip(groups[:10], columns["is_de"].sum(1), strict=False))
     logg.info(
         "    finished",
         time=start,
-        deep=f"decoded {n_decoded} profiles; Monte-Carlo error of a probability up to {table['proba_mcse'].max():.2g}\n"
+        deep=f"decoded {n_decoded} profiles; Monte-Carlo error of probabilities to {columns['proba_mcse'].max():.2g}\n"
         f"genes called at an expected FDR of {options.fdr_target:g}: {called}\n"
         f"added\n    {slot!r}, in the layout of sc.tl.rank_genes_groups, and a table (adata.uns)",
     )
 
 
-def compare(
+def _compare(
     fitted: Fitted,
     sets: np.ndarray,
     comparisons: Sequence[Comparison],
     batches: Sequence[int | None],
     options: Options,
     batch_size: int | None,
-) -> tuple[pd.DataFrame, int]:
-    """A row for every comparison and gene, and the number of profiles that were decoded.
+) -> tuple[dict[str, np.ndarray], int]:
+    """What is known of every comparison and gene, (C, G) each, and the number of profiles that were decoded.
 
     Parameters
     ----------
@@ -209,19 +210,19 @@ def compare(
             both = _shares(n_cells, [c.left | c.right for c in comparisons])
             null = _describe(histograms, pool, both, both, pseudocounts, deltas, options)
             permuted.append(null[..., :2])
-    described = np.concatenate(described, 1)
-    permuted = np.concatenate(permuted, 1) if permuted else None
-    tables = []
-    for c, comparison in enumerate(comparisons):
-        table = {"group": comparison.group, "reference": comparison.reference, "gene": fitted.fit.var_names}
-        table |= _decided(described[c], None if permuted is None else permuted[c], observed[c, :, 2], options)
-        for side, (scale, of_counts) in enumerate(zip(sides[c], observed[c], strict=True), 1):
-            table[f"scale{side}"] = scale
-            table |= {f"{name}{side}": values for name, values in zip(_OBSERVED, of_counts, strict=True)}
-        tables.append(pd.DataFrame(table | {"pseudocount": pseudocounts[c], "delta": deltas[c]}))
-    return pd.concat(tables, ignore_index=True), pool.n_decoded
+    columns = _decided(np.concatenate(described, 1), observed[:, :, 2].max(1), options)
+    if permuted:
+        columns["proba_permuted"] = _probability(*np.moveaxis(np.concatenate(permuted, 1), -1, 0), options)
+    for side in (0, 1):
+        columns[f"scale{side + 1}"] = sides[:, side]
+        for name, values in zip(_OBSERVED, np.moveaxis(observed[:, side], 1, 0), strict=True):
+            columns[f"{name}{side + 1}"] = values
+    for name, values in (("pseudocount", pseudocounts), ("delta", deltas)):
+        columns[name] = np.broadcast_to(values[:, None], sides[:, 0].shape)
+    return columns, pool.n_decoded
 
 
+_REASONS = ["", "unexpressed", "below min_fraction"]  # for not even judging a gene
 _OBSERVED = ("raw_mean", "raw_normalized_mean", "fraction")
 
 
@@ -403,22 +404,20 @@ def _describe(
     return outputs
 
 
-def _decided(
-    described: np.ndarray, permuted: np.ndarray | None, fractions: np.ndarray, options: Options
-) -> dict[str, np.ndarray]:
-    """Probabilities, fold changes and decisions of one comparison, a column each."""
-    of = dict(zip(changes.OUTPUTS, described.T, strict=True))
+def _decided(described: np.ndarray, found_in: np.ndarray, options: Options) -> dict[str, np.ndarray]:
+    """Probabilities, fold changes and decisions, (C, G) each; ``found_in``: share of the cells, on the better side."""
+    of = dict(zip(changes.OUTPUTS, np.moveaxis(described, -1, 0), strict=True))
     up_wins = (of["up"] >= of["down"]) | (options.mode == "vanilla")
     variance = np.where(up_wins, of["up_variance"], of["down_variance"])
     if options.hypothesis == "two":
         variance = of["up_variance"] + of["down_variance"]
     probability = _probability(of["up"], of["down"], options)
-    found_in = fractions.max(0)
-    reason = np.select([found_in == 0, found_in < options.min_fraction], ["unexpressed", "below min_fraction"], "")
-    judged = reason == ""
-    fdr = np.ones(len(probability))
-    fdr[judged] = expected_fdr(probability[judged])
-    columns = {
+    reason = np.select([found_in == 0, found_in < options.min_fraction], [1, 2], 0)  # positions in _REASONS
+    fdr = np.ones_like(probability)
+    for c, judged in enumerate(reason == 0):
+        fdr[c, judged] = expected_fdr(probability[c, judged])
+    in_log2 = {f"lfc_{name}": of[name] / changes.PER_DOUBLING for name in ("mean", "median", "low", "high")}
+    return {
         "proba_de": probability,
         "proba_up": of["up"],
         "proba_down": of["down"],
@@ -426,15 +425,11 @@ def _decided(
         "bayes_factor": bayes_factor(probability),
         "fdr": fdr,
         "is_de": fdr <= options.fdr_target,
-        "reason": pd.Categorical(reason, ["", "unexpressed", "below min_fraction"]),
+        "reason": reason,
+        **in_log2,
+        "lfc_sd": np.sqrt(of["variance"]) / changes.PER_DOUBLING,
+        "lfc_mcse": np.sqrt(of["mean_variance"]) / changes.PER_DOUBLING,
     }
-    if permuted is not None:
-        columns["proba_permuted"] = _probability(permuted[:, 0], permuted[:, 1], options)
-    for name in ("mean", "median", "low", "high"):
-        columns[f"lfc_{name}"] = of[name] / changes.PER_DOUBLING
-    columns["lfc_sd"] = np.sqrt(of["variance"]) / changes.PER_DOUBLING
-    columns["lfc_mcse"] = np.sqrt(of["mean_variance"]) / changes.PER_DOUBLING
-    return columns
 
 
 def _probability(up: np.ndarray, down: np.ndarray, options: Options) -> np.ndarray:
@@ -443,18 +438,30 @@ def _probability(up: np.ndarray, down: np.ndarray, options: Options) -> np.ndarr
     return np.minimum(up + down, 1) if options.hypothesis == "two" else np.maximum(up, down)
 
 
-def ranked(table: pd.DataFrame, params: dict) -> dict:
-    """The layout of ``scanpy.tl.rank_genes_groups``, with the whole table beside it."""
-    fields = {"names": "gene", "scores": "score", "pvals": "p", "pvals_adj": "fdr", "logfoldchanges": "lfc_mean"}
-    dtypes = {"names": object, "scores": np.float32, "logfoldchanges": np.float32}
-    # Genes that go up come first, the surest first.
-    table = table.assign(score=bayes_factor(table["proba_up"].to_numpy()), p=1 - table["proba_de"])
-    groups = {
-        str(group): rows.sort_values(["score", "lfc_mean"], ascending=False, kind="stable")
-        for group, rows in table.groupby("group", sort=False, observed=True)
+def _ranked(columns: dict[str, np.ndarray], genes: np.ndarray, groups: Sequence[str]) -> dict[str, np.recarray]:
+    """The layout of ``scanpy.tl.rank_genes_groups``: genes that go up come first, the surest first."""
+    scores = bayes_factor(columns["proba_up"])
+    fields = {
+        "names": (np.broadcast_to(np.asarray(genes, dtype=object), scores.shape), object),
+        "scores": (scores, np.float32),
+        "pvals": (1 - columns["proba_de"], np.float64),
+        "pvals_adj": (columns["fdr"], np.float64),
+        "logfoldchanges": (columns["lfc_mean"], np.float32),
     }
-    layout = {"params": params}
-    for name, source in fields.items():
-        values = pd.DataFrame({group: rows[source].to_numpy() for group, rows in groups.items()})
-        layout[name] = values.to_records(index=False, column_dtypes=dtypes.get(name, np.float64))
-    return layout | {"table": table.drop(columns=["score", "p"])}
+    order = np.lexsort((-columns["lfc_mean"], -scores))
+    return {
+        name: np.rec.fromarrays(list(np.take_along_axis(values, order, 1)), dtype=[(group, dtype) for group in groups])
+        for name, (values, dtype) in fields.items()
+    }
+
+
+def _table(columns: dict[str, np.ndarray], genes: np.ndarray, comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """A row for every comparison and gene."""
+    flat = {name: values.ravel() for name, values in columns.items()}
+    flat["reason"] = pd.Categorical.from_codes(flat["reason"], _REASONS)
+    names = {
+        "group": np.repeat(np.array([c.group for c in comparisons], dtype=object), len(genes)),
+        "reference": np.repeat(np.array([c.reference for c in comparisons], dtype=object), len(genes)),
+        "gene": np.tile(np.asarray(genes, dtype=object), len(comparisons)),
+    }
+    return pd.DataFrame(names | flat)
