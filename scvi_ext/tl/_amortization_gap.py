@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
-from scvi_ext._errors import whole_number
+from scvi_ext._errors import ScviExtWarning, whole_number
 from scvi_ext._settings import settings
 from scvi_ext.engine.checkpoint import load_module, module_arrays
 from scvi_ext.engine.device import resolve_device
@@ -49,7 +50,8 @@ def amortization_gap(
     Only the encoders (of z, and of a latent library) are trained further, from where the fit ended, on the chosen
     cells, with a KL weight of 1 and without dropout. The generative model and all statistics of batch normalisation
     stay as they are, and so does the fit in ``adata``. The best of several paths counts, and the start is one of the
-    candidates. On held-out cells the gap tells how much better q could be for cells that the encoder has not seen.
+    candidates: a warning says so where no path beats it. On held-out cells the gap tells how much better q could be for
+    cells that the encoder has not seen.
 
     The true gap, to the best q of each cell for itself, is at least as large: the refitted encoder is shared as well.
 
@@ -106,7 +108,7 @@ def amortization_gap(
     >>> adata = sx.datasets.pbmc68k_counts()
     >>> sx.pp.setup_anndata(adata, batch_key="batch")
     >>> sx.tl.fit(adata, max_epochs=2)
-    >>> sx.tl.amortization_gap(adata, n_paths=1, max_epochs=5, indices=slice(0, 100)) > 0
+    >>> sx.tl.amortization_gap(adata, n_paths=1, max_epochs=10, indices=slice(0, 100)) > 0
     True
 
     References
@@ -151,6 +153,13 @@ def amortization_gap(
             interrupted = True
             logg.warning(f"interrupted in path {path} of {n_paths}; the gap is that of what was trained so far.")
             break
+    if best is before:
+        warnings.warn(
+            f"No path has a higher ELBO than the fit itself, so the gap is 0, which says little: take more epochs than "
+            f"max_epochs={max_epochs}, or another learning rate than lr={lr:g}.",
+            ScviExtWarning,
+            stacklevel=2,
+        )
     gap = best - before
     if return_mean:
         logg.info("    finished", time=start)

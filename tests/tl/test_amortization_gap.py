@@ -102,8 +102,13 @@ def test_more_paths_are_never_worse_and_differ(fitted):
 
 
 def test_the_start_is_a_candidate(fitted):
-    """A learning rate that ruins the encoder leaves no gap, and no negative one."""
-    assert sx.tl.amortization_gap(fitted, **QUICK | {"max_epochs": 1}, lr=50.0) == 0
+    """A learning rate that ruins the encoder leaves no gap, and no negative one, and is not taken for a good fit."""
+    options = QUICK | {"max_epochs": 1, "lr": 50.0}
+    advice = "the gap is 0, which says little: take more epochs than max_epochs=1, or another learning rate than lr=50"
+    with pytest.warns(sx.ScviExtWarning, match=advice):
+        assert sx.tl.amortization_gap(fitted, **options) == 0
+    with pytest.warns(sx.ScviExtWarning, match=advice):
+        assert not gaps(fitted, **options).any()
 
 
 def test_more_epochs_find_more(fitted):
