@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 
 _SUMMED = 64  # largest count whose distribution function is a sum of probabilities
 _UNDERFLOW = 1e-290  # a probability of zero below which such a sum loses digits
+_LARGEST = 1e8  # rate of a Poisson draw, as in scVI 0.5.0; NumPy has none beyond 9.2e18
 _SMALLEST = np.finfo(np.float32).tiny  # an inverse dispersion that float32 has rounded to zero
 
 
 def on_host(px: Expression) -> Expression:
-    """The same numbers as NumPy arrays in double precision."""
-    return Expression(*(None if t is None else t.double().cpu().numpy() for t in px))
+    """The same numbers as NumPy arrays in double precision, infinite rates as the largest one of float32."""
+    px = Expression(*(None if t is None else t.double().cpu().numpy() for t in px))
+    return px._replace(rate=np.minimum(px.rate, np.finfo(np.float32).max))
 
 
 def draw_counts(name: str, px: Expression, streams: Sequence[Generator]) -> np.ndarray:
-    """One draw from a likelihood for each cell and gene.
+    """One draw from a likelihood for each cell and gene; rates of Poisson draws are 1e8 at most.
 
     Parameters
     ----------
@@ -147,11 +149,11 @@ def _gamma(rng: Generator, rate: np.ndarray, theta: np.ndarray, _: object) -> np
 
 
 def _poisson(rng: Generator, rate: np.ndarray, *_: object) -> np.ndarray:
-    return rng.poisson(rate)
+    return rng.poisson(np.minimum(rate, _LARGEST))
 
 
 def _nb(rng: Generator, rate: np.ndarray, theta: np.ndarray, _: object) -> np.ndarray:
-    return rng.poisson(_gamma(rng, rate, theta, None))
+    return _poisson(rng, _gamma(rng, rate, theta, None))
 
 
 def _zinb(rng: Generator, rate: np.ndarray, theta: np.ndarray, dropout_logits: np.ndarray) -> np.ndarray:

@@ -46,9 +46,10 @@ def posterior_predictive_check(
 
     For each gene over the cells, and each cell over the genes: mean, coefficient of variation (standard deviation over
     mean) and share of zeros, of the observed counts and of ``n_samples`` replicates of the whole data set (see
-    :func:`~scvi_ext.tl.posterior_predictive_sample`). And calibration: how many of the observed counts lie within the
-    central intervals of their own predictive distribution, which is exact for counts, too: a count that reaches over
-    the end of an interval counts in part, so that under the true model the expected share is the level itself.
+    :func:`~scvi_ext.tl.posterior_predictive_sample`; Poisson rates beyond 1e8 are drawn from as 1e8). And calibration:
+    how many of the observed counts lie within the central intervals of their own predictive distribution, which is
+    exact for counts, too: a count that reaches over the end of an interval counts in part, so that under the true model
+    the expected share is the level itself.
 
     The cells have been seen twice, by the encoder and as the counts compared with, so predictions are a little too good
     in sight of the data; a model that fails here fails anyway. With ``reconstruction_loss="bernoulli"``, counts are
@@ -83,7 +84,7 @@ def posterior_predictive_check(
         ``zero_fraction``, and ``coverage_50``, ``coverage_80``, ``coverage_95``.
     ``"calibration"``
         DataFrame: ``level`` of the central interval, ``coverage`` of all counts, and ``coverage_expressed`` of those
-        with a predicted rate of 1 or more (of the others, most are zeros that any model covers).
+        with a predicted rate of 1 or more (of the others, most are zeros that any model covers), NaN where none has.
     ``"params"``
         ``fit``, ``n_samples`` and ``seed``.
 

@@ -39,7 +39,8 @@ def posterior_predictive_sample(
     """Draw new counts for every cell, from the likelihood of the fit at posterior samples of z and the library.
 
     Each count is a draw from exactly the distribution that was fitted; for ``reconstruction_loss="bernoulli"`` it is 1
-    for detected and 0 for not.
+    for detected and 0 for not. Only Poisson rates beyond 1e8, which a latent library that is far off can lead to, are
+    taken for 1e8, as in scVI 0.5.0.
 
     Parameters
     ----------

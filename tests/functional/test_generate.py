@@ -121,6 +121,17 @@ def test_a_cell_has_its_draws_whoever_is_beside_it(name):
     assert not np.array_equal(generate.draw_counts(name, px, streams(9, seed=1)), whole)
 
 
+@pytest.mark.parametrize("name", ["zinb", "nb", "poisson"])
+def test_rates_beyond_reason_are_drawn_from_as_1e8(name):
+    rate = torch.tensor([[1e7, 1e12, 1e25, np.inf]])
+    px = generate.on_host(Expression(rate, rate, torch.full((4,), 1e6), torch.full((1, 4), -20.0)))
+    x = generate.draw_counts(name, px, streams(1))[0]
+    # 1e7 has a coefficient of variation of 1e-3 as nb; 1e8 one of 1e-4
+    np.testing.assert_allclose(x, [1e7, 1e8, 1e8, 1e8], rtol=7e-3)
+    for part in generate.distribution_function(name, np.array([[0.0, 3.0, 1e6, 5.0]]), px):
+        np.testing.assert_allclose(part, 0, atol=1e-6)
+
+
 def test_extreme_parameters_give_counts():
     px = Expression(None, np.array([[5.0, 5.0, 1e9, 0.0]]), np.array([0.0, 1e30, 1e-30, 1.0]), np.zeros((1, 4)))
     for name in ("zinb", "nb"):

@@ -157,7 +157,7 @@ def test_detections_are_compared_as_such(fit_with):
 def test_every_dispersion_can_be_checked(fit_with, options):
     found = check(fit_with(**options))
     assert np.isfinite(found["genes"]).all(axis=None)
-    assert np.isfinite(found["calibration"]).all(axis=None)
+    assert np.isfinite(found["calibration"]["coverage"]).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 200])

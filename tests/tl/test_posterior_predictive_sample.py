@@ -134,6 +134,14 @@ def test_zeros_are_as_frequent_as_the_likelihood_says(fit_with):
     assert (np.abs(difference.mean(0)) < N_STANDARD_ERRORS * error + 0.002).all()  # averaged apart, see above
 
 
+def test_a_latent_library_that_is_far_off_gives_counts(fit_with):
+    adata = fit_with(reconstruction_loss="nb", library="latent")
+    adata.uns["scvi_ext"]["fits"]["scvi"]["state"]["library.encoder.mean_encoder.bias"] += np.float32(60)
+    assert sample(adata).max() == pytest.approx(1e8, rel=1e-3)
+    check = sx.tl.posterior_predictive_check(adata, n_samples=2, copy=True).uns[SLOT]
+    assert np.isfinite(check["genes"]).all(axis=None)
+
+
 def test_a_counterfactual_at_the_observed_batch_changes_nothing(fitted):
     own, moved = sample(fitted), sample(fitted, transform_batch="b1")
     here = (fitted.obs["batch"] == "b1").to_numpy()
