@@ -114,6 +114,7 @@ def _density(ax: Axes, original: np.ndarray, imputed: np.ndarray) -> None:
     whole = np.unique(np.rint(np.expm1(np.linspace(np.log1p(low), np.log1p(top_x), _BINS))))
     columns = np.append(whole - 0.5, top_x + 0.5)
     rows = np.expm1(np.linspace(0, np.log1p(top_y), _BINS))
+    rows[-1] = top_y  # which rounding would leave out
     density, _, _ = np.histogram2d(original, imputed, bins=(columns, rows))
     ax.pcolormesh(columns, rows, np.where(density > 0, density, np.nan).T, norm=LogNorm(), cmap="viridis")
     ax.set_xscale("function", functions=(_log1p, np.expm1))
