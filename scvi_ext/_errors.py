@@ -42,10 +42,16 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(msg)
 
 
-def missing_key(slot: str, key: str, available: Iterable) -> KeyError:
-    """A KeyError for a slot entry that does not exist, with those that do."""
+def missing_key(slot: str, key: str, available: Iterable, role: str = "") -> KeyError:
+    """A KeyError for a slot entry that does not exist, with those that do; ``role``: what it is, if that is known."""
     available = [str(a) for a in available]
-    return KeyError(f"{key!r} is not in {slot}, which has: {listing(available)}.{_hint(key, available)}")
+    named = f"{key!r}, {role}," if role else repr(key)
+    return KeyError(f"{named} is not in {slot}, which has: {listing(available)}.{_hint(key, available)}")
+
+
+def no_cells() -> ValueError:
+    """A ValueError for a question about no cells at all."""
+    return ValueError("There are no cells to compute anything for: adata, or what indices choose of it, is empty.")
 
 
 def unknown_keyword(function: str, name: str, valid: Iterable[str], renamed: str | None = None) -> TypeError:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvi_ext import models
-from scvi_ext._errors import listing, needs_capability, one_of, whole_number
+from scvi_ext._errors import listing, needs_capability, no_cells, one_of, whole_number
 from scvi_ext._keys import UNS, FitKeys, valid_key
 from scvi_ext._settings import settings
+from scvi_ext.data.corruption import corruption_layers
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit
 from scvi_ext.data.store import CellStore, resolve_indices
 from scvi_ext.engine.device import resolve_device
@@ -46,6 +47,7 @@ class Fitted:
     store: CellStore
     rows: np.ndarray | None  # of adata; None = all
     columns: np.ndarray  # positions of the module's genes in adata
+    corruption_layers: frozenset[str]  # of adata, corrupted and original
 
     @classmethod
     def open(cls, adata: AnnData, key: str | None, indices: object = None, *, decodes: bool = True) -> Fitted:
@@ -59,8 +61,7 @@ class Fitted:
             columns=spec.needs(spec.config(**fit.config)) | ALWAYS_READ,
         )
         if store.n_cells == 0:
-            msg = "There are no cells to compute anything for: adata, or what indices choose of it, is empty."
-            raise ValueError(msg)
+            raise no_cells()
         if decodes and store.labels is not None and (store.labels < 0).any():
             msg = (
                 f"{(store.labels < 0).sum()} of {store.n_cells} cells have no label, and fit {fit.key!r} decodes with "
@@ -68,7 +69,7 @@ class Fitted:
             )
             raise ValueError(msg)
         columns = adata.var_names.get_indexer(fit.var_names)
-        return cls(fit, registry, module, store, resolve_indices(adata, indices), columns)
+        return cls(fit, registry, module, store, resolve_indices(adata, indices), columns, corruption_layers(adata))
 
     @property
     def keys(self) -> FitKeys:
@@ -76,7 +77,7 @@ class Fitted:
         return FitKeys(self.fit.key)
 
     def slot(self, place: str, default: str, key_added: str | None) -> str:
-        """The name to write in ``place`` ("obs", "layers", ...): a valid one, and none that the fit reads itself."""
+        """The name to write in ``place`` ("obs", "layers", ...): valid, and none that the fit or a corruption needs."""
         name = default if key_added is None else valid_key(key_added)
         read = {
             "obs": {
@@ -92,6 +93,12 @@ class Fitted:
         }
         if name in read.get(place, ()):
             msg = f"adata.{place}[{name!r}] is what fit {self.fit.key!r} reads: choose another name, key_added=..."
+            raise ValueError(msg)
+        if place == "layers" and name in self.corruption_layers:
+            msg = (
+                f"adata.layers[{name!r}] holds original or corrupted counts of pp.corrupt: choose another name, "
+                "key_added=..."
+            )
             raise ValueError(msg)
         return name
 

@@ -72,11 +72,21 @@ def read_corruption(adata: AnnData, name: str) -> Corruption:
     )
 
 
+def corruption_layers(adata: AnnData) -> frozenset[str]:
+    """Names of all corrupted layers of ``adata``, and of those with the originals."""
+    known = read_root(adata).get(UNS.corruptions, {})
+    return frozenset(known) | {str(saved["layer"]) for saved in known.values() if "layer" in saved}
+
+
 def read_layer(
-    adata: AnnData, layer: str | None, rows: np.ndarray | None = None, columns: np.ndarray | None = None
+    adata: AnnData,
+    layer: str | None,
+    rows: np.ndarray | None = None,
+    columns: np.ndarray | None = None,
+    role: str = "",
 ) -> sp.csr_matrix:
     """Float32 values of ``X`` or a layer at these cells and genes, in this order; None is all. Not to be written to."""
-    matrix = counts_matrix(adata, layer)
+    matrix = counts_matrix(adata, layer, role)
     values = read_all(matrix) if rows is None else read_rows(matrix, rows)
     if columns is not None and not np.array_equal(columns, np.arange(adata.n_vars)):
         values = values[:, columns]
@@ -84,17 +94,25 @@ def read_layer(
     return values
 
 
+def read_pair(
+    adata: AnnData, record: Corruption, rows: np.ndarray | None = None, columns: np.ndarray | None = None
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Original and corrupted counts, see :func:`read_layer`."""
+    original = read_layer(adata, record.layer, rows, columns, f"the originals of the corruption {record.name!r}")
+    return original, read_layer(adata, record.name, rows, columns, "which pp.corrupt wrote")
+
+
 def changed_entries(original: sp.csr_matrix, corrupted: sp.csr_matrix, record: Corruption) -> Entries:
-    """Where the two differ; a ValueError if nowhere, or if one of them is not any more what it was."""
-    lost = (original - corrupted).tocoo()
-    odd = np.count_nonzero(lost.data < 0) + np.count_nonzero(original.data != np.rint(original.data))
-    if odd or not np.isfinite(original.data).all():
+    """Where the two differ; a ValueError if nowhere, or if the method cannot have made the one of the other."""
+    slots = {record.source: original, f"adata.layers[{record.name!r}]": corrupted}
+    odd = [slot for slot, values in slots.items() if not _whole_counts(values.data)]
+    if odd:
         msg = (
-            f"adata.layers[{record.name!r}] was made by lowering counts of {record.source}, which is not what the two "
-            f"say now: one of them has been changed since (normalised?). Bring {record.source} back to raw counts, and "
-            "corrupt again."
+            f"{' and '.join(odd)} held whole counts when pp.corrupt was called, but not now: normalised since? "
+            f"Bring {record.source} back to raw counts, and corrupt again."
         )
         raise ValueError(msg)
+    lost = (original - corrupted).tocoo()
     changed = lost.data != 0
     if not changed.any():
         msg = (
@@ -105,4 +123,17 @@ def changed_entries(original: sp.csr_matrix, corrupted: sp.csr_matrix, record: C
         raise ValueError(msg)
     cells, genes = lost.row[changed].astype(np.int64), lost.col[changed].astype(np.int64)
     values = np.asarray(original[cells, genes]).ravel()
-    return Entries(cells, genes, values, values - lost.data[changed])
+    left = values - lost.data[changed]
+    uniform = record.method == "uniform"
+    if (left > values).any() or (uniform and left.any()):
+        how = "setting counts to zero in" if uniform else "lowering counts of"
+        msg = (
+            f"adata.layers[{record.name!r}] was made by {how} {record.source}, which is not what the two say now: one "
+            f"of them has been changed since. Bring {record.source} back to what it was, and corrupt again."
+        )
+        raise ValueError(msg)
+    return Entries(cells, genes, values, left)
+
+
+def _whole_counts(values: np.ndarray) -> bool:
+    return bool(np.all((values >= 0) & (values == np.rint(values)) & np.isfinite(values)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from scvi_ext._errors import one_of
@@ -63,5 +64,8 @@ def imputation_df(
         slot = FitKeys(read_fit(adata, key).key).imputation
     if slot not in adata.uns:
         msg = f"adata.uns has no {slot!r}: call scvi_ext.tl.imputation_score(adata) first."
+        raise KeyError(msg)
+    if not isinstance(adata.uns[slot], Mapping) or not adata.uns[slot].keys() >= set(_TABLES):
+        msg = f"adata.uns[{slot!r}] has no errors of imputed counts: scvi_ext.tl.imputation_score has not written it."
         raise KeyError(msg)
     return adata.uns[slot][table].copy()

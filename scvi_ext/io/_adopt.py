@@ -85,7 +85,7 @@ def _check_genes(fit: SavedFit, adata: AnnData) -> None:
 
 def _check_slots(registry: Registry, adata: AnnData) -> None:
     """Raise a KeyError for a slot that the model reads and ``adata`` does not have."""
-    counts_matrix(adata, registry.layer)
+    counts_matrix(adata, registry.layer, "the layer that the model reads")
     keys = [registry.batch_key, registry.labels_key, registry.size_factor_key]
     for key in (*keys, *registry.categorical_covariate_keys, *registry.continuous_covariate_keys):
         if key is not None:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from scvi_ext._errors import listing
-from scvi_ext.data.corruption import changed_entries, read_corruption, read_layer
+from scvi_ext._errors import listing, no_cells
+from scvi_ext.data.corruption import changed_entries, read_corruption, read_layer, read_pair
 from scvi_ext.data.store import resolve_indices
 from scvi_ext.functional.imputation import error_measures
 
@@ -50,8 +50,9 @@ def imputation_error(
     KeyError
         No such corruption or layer.
     ValueError
-        Values are missing at these entries, nothing was changed in these cells, or the original counts are not what
-        they were.
+        There are no cells, values are missing at these entries, nothing was changed in these cells, or the two layers
+        cannot be original and corrupted counts any more: one of them is not whole counts, a count has risen, or, after
+        ``"uniform"``, has fallen without becoming 0. Other changes of the originals are not noticed.
 
     Examples
     --------
@@ -63,7 +64,10 @@ def imputation_error(
     """
     record = read_corruption(adata, corruption)
     rows = resolve_indices(adata, indices)
-    original, corrupted, imputed = (read_layer(adata, name, rows) for name in (record.layer, corruption, layer))
+    original, corrupted = read_pair(adata, record, rows)
+    imputed = read_layer(adata, layer, rows)
+    if original.shape[0] == 0:
+        raise no_cells()
     entries = changed_entries(original, corrupted, record)
     values = np.asarray(imputed[entries.cells, entries.genes]).ravel()
     missing = ~np.isfinite(values)

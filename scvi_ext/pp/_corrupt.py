@@ -8,13 +8,14 @@ import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 
 from scvi_ext import results
-from scvi_ext._errors import ScviExtWarning, number, one_of, whole_number
+from scvi_ext._errors import ScviExtWarning, listing, number, one_of, whole_number
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext._settings import settings
 from scvi_ext.data.audit import audit_counts
 from scvi_ext.data.corruption import Corruption, read_layer
 from scvi_ext.data.matrix import counts_matrix
-from scvi_ext.data.registry import read_root
+from scvi_ext.data.registry import Registry, read_root
+from scvi_ext.data.store import check_in_memory
 from scvi_ext.functional.corruption import CORRUPTIONS
 
 if TYPE_CHECKING:
@@ -74,13 +75,14 @@ def corrupt(
     KeyError
         No such layer.
     ValueError
-        The numbers are no counts, the rate changes none of them, or another layer has the name. Nothing has been
-        written then.
+        The numbers are no counts, the rate changes none of them, another layer has the name, or a backed ``adata``
+        cannot be copied. Nothing has been written then.
 
     Warns
     -----
     ScviExtWarning
-        Cells have lost all of their counts; a model cannot be fitted with them.
+        Cells have lost all of their counts, and a model cannot be fitted with them; or fits were trained on an earlier
+        layer of that name.
 
     Examples
     --------
@@ -104,6 +106,7 @@ def corrupt(
         raise ValueError(msg)
     seed = whole_number("seed", settings.seed if seed is None else seed, 0)
     known = read_root(adata).get(UNS.corruptions, {})
+    check_in_memory(adata, copy=copy)
     name = "corrupted" if key_added is None else valid_key(key_added)
     record = Corruption(name, layer, method, float(rate), seed)
     if name == layer or (name in adata.layers and name not in known):
@@ -119,6 +122,9 @@ def corrupt(
     counts = read_layer(adata, layer).copy()
     counts.eliminate_zeros()
     before, non_zeros = counts.data.astype(np.int64), counts.nnz
+    if non_zeros == 0:
+        msg = f"{record.source} has no counts above zero: there is nothing to corrupt."
+        raise ValueError(msg)
     after = CORRUPTIONS[method](before, adata.n_obs * adata.n_vars, rate, np.random.default_rng(seed))
     n_changed = np.count_nonzero(after != before)
     if n_changed == 0:
@@ -134,6 +140,13 @@ def corrupt(
             f"leave them out: adata = adata[adata.layers[{name!r}].sum(axis=1) > 0].copy()."
         )
         warnings.warn(msg, ScviExtWarning, stacklevel=2)
+    stale = _fits_to(adata, name)
+    if stale and (name not in adata.layers or (read_layer(adata, name) != counts).nnz):
+        msg = (
+            f"Fits were trained on an earlier adata.layers[{name!r}], and may have seen what is changed now: "
+            f"{listing(stale)}. Fit again before tl.imputation_score."
+        )
+        warnings.warn(msg, ScviExtWarning, stacklevel=2)
     adata = adata.copy() if copy else adata
     results.write_corruption(adata, name, _stored_like(source, counts), record.to_uns())
     logg.info(
@@ -143,6 +156,12 @@ def corrupt(
         f"    {UNS.root!r}, how they were made (adata.uns)",
     )
     return adata if copy else None
+
+
+def _fits_to(adata: AnnData, layer: str) -> list[str]:
+    """Keys of the fits that were trained on ``layer``."""
+    fits = read_root(adata).get(UNS.fits, {})
+    return [key for key, fit in fits.items() if Registry.from_uns(fit["setup"]).layer == layer]
 
 
 def _stored_like(source: Any, counts: sp.csr_matrix) -> Any:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from scvi_ext import results
+from scvi_ext._errors import ScviExtWarning
 from scvi_ext._keys import UNS
 from scvi_ext.data.corruption import read_corruption
+from scvi_ext.data.registry import read_root, read_setup
+from scvi_ext.data.store import check_in_memory
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,6 +37,13 @@ def restore(adata: AnnData, *, corruption: str = "corrupted", copy: bool = False
     ------
     KeyError
         No such corruption.
+    ValueError
+        A backed ``adata`` cannot be copied.
+
+    Warns
+    -----
+    ScviExtWarning
+        The removed layer is what :func:`~scvi_ext.pp.setup_anndata` registered.
 
     Examples
     --------
@@ -46,6 +57,13 @@ def restore(adata: AnnData, *, corruption: str = "corrupted", copy: bool = False
     from scanpy import logging as logg
 
     read_corruption(adata, corruption)
+    check_in_memory(adata, copy=copy)
+    if UNS.setup in read_root(adata) and read_setup(adata).layer == corruption:
+        msg = (
+            f"adata is set up to read adata.layers[{corruption!r}], which is removed: call pp.setup_anndata again "
+            "before the next fit or read-out."
+        )
+        warnings.warn(msg, ScviExtWarning, stacklevel=2)
     adata = adata.copy() if copy else adata
     results.remove_corruption(adata, corruption)
     logg.info(

@@ -25,7 +25,7 @@ from scvi_ext.data.registry import (
     read_root,
     used_categories,
 )
-from scvi_ext.data.store import check_unique_genes, numeric_column, protein_matrix, size_factors
+from scvi_ext.data.store import check_in_memory, check_unique_genes, numeric_column, protein_matrix, size_factors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,10 +176,7 @@ def _check_adata(adata: AnnData, *, copy: bool) -> None:
     if adata.n_obs == 0 or adata.n_vars == 0:
         msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
         raise ValueError(msg)
-    if adata.isbacked and (adata.is_view or copy):
-        found = "a view of a backed AnnData" if adata.is_view else "backed, with copy=True"
-        msg = f"adata is {found}, which cannot be copied in memory as it is: call adata = adata.to_memory() first."
-        raise ValueError(msg)
+    check_in_memory(adata, copy=copy)
     check_unique_genes(adata)
     read_root(adata)
 

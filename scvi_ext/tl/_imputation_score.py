@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -10,9 +11,9 @@ import torch
 from scanpy import logging as logg
 
 from scvi_ext import results
-from scvi_ext._errors import whole_number
+from scvi_ext._errors import ScviExtWarning, whole_number
 from scvi_ext._settings import settings
-from scvi_ext.data.corruption import changed_entries, read_corruption, read_layer
+from scvi_ext.data.corruption import changed_entries, read_corruption, read_layer, read_pair
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.imputation import error_measures, group_medians
 from scvi_ext.tl._baselines import baselines as without_a_model
@@ -87,14 +88,21 @@ def imputation_score(
     ``"entries"``
         DataFrame of float32: ``original`` and what each method imputed, of at most 100,000 random entries.
     ``"params"``
-        Fit, corruption, number of entries, samples and seed.
+        Fit and the layer it was trained on (``fit_layer``, ``"X"`` for ``X``), corruption, number of entries, samples
+        and seed.
 
     Raises
     ------
     KeyError
         No such fit, no such corruption, or one of its layers is gone.
     ValueError
-        Nothing was changed in these cells and genes, or the original counts are not what they were.
+        Nothing was changed in these cells and genes, or the two layers cannot be original and corrupted counts any
+        more, see :func:`~scvi_ext.metrics.imputation_error`.
+
+    Warns
+    -----
+    ScviExtWarning
+        The fit was trained on another layer than the corrupted one, so it may have seen the originals.
 
     Notes
     -----
@@ -143,12 +151,18 @@ def imputation_score(
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)
     slot = fitted.slot("uns", fitted.keys.imputation, key_added)
-    original = read_layer(adata, record.layer, fitted.rows, fitted.columns)
-    corrupted = read_layer(adata, corruption, fitted.rows, fitted.columns)
+    original, corrupted = read_pair(adata, record, fitted.rows, fitted.columns)
     entries = changed_entries(original, corrupted, record)
     if baselines:
         everyone = corrupted if fitted.rows is None else read_layer(adata, corruption, None, fitted.columns)
         check_size(everyone)
+    if fitted.registry.layer != corruption:
+        trained = "adata.X" if fitted.registry.layer is None else f"adata.layers[{fitted.registry.layer!r}]"
+        msg = (
+            f"Fit {fitted.fit.key!r} was trained on {trained}, not on adata.layers[{corruption!r}]: unless that was "
+            "with other cells, it may have seen the originals, and its score is too good."
+        )
+        warnings.warn(msg, ScviExtWarning, stacklevel=2)
 
     start = logg.info(f"imputing {len(entries.cells)} entries by fit {fitted.fit.key!r}")
     options = {"n_samples": n_samples, "batch_size": batch_size, "seed": seed}
@@ -161,6 +175,7 @@ def imputation_score(
 
     params = {
         "key": fitted.fit.key,
+        "fit_layer": "X" if fitted.registry.layer is None else fitted.registry.layer,
         "corruption": corruption,
         **record.to_uns(),
         "corruption_seed": record.seed,

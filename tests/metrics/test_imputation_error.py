@@ -79,6 +79,25 @@ def test_what_is_not_there_is_said(corrupted):
         sx.metrics.imputation_error(corrupted, "magic")
     with pytest.raises(KeyError, match=r"'other' is not in"):
         sx.metrics.imputation_error(corrupted, "corrupted", corruption="other")
+    for nobody in ([], np.zeros(201, bool)):
+        with pytest.raises(ValueError, match="There are no cells"):
+            sx.metrics.imputation_error(corrupted, "corrupted", indices=nobody)
+    with pytest.raises(ValueError, match="There are no cells"):
+        sx.metrics.imputation_error(corrupted[:0].copy(), "corrupted")
     sx.pp.restore(corrupted)
     with pytest.raises(KeyError, match=r"has no corruptions: call scvi_ext\.pp\.corrupt"):
         sx.metrics.imputation_error(corrupted)
+
+
+def test_layers_of_a_corruption_that_are_gone_are_called_what_they_were(counts):
+    counts.layers["raw"] = counts.X.copy()
+    sx.pp.corrupt(counts, layer="raw")
+    layers = dict(counts.layers)
+    for name, role in {
+        "raw": "the originals of the corruption 'corrupted'",
+        "corrupted": "which pp.corrupt wrote",
+    }.items():
+        counts.layers.pop(name)
+        with pytest.raises(KeyError, match=rf"'{name}', {role}, is not in adata\.layers"):
+            sx.metrics.imputation_error(counts)
+        counts.layers[name] = layers[name]

@@ -13,7 +13,8 @@ import scvi_ext as sx
 def draw_imputation(adata, **options):
     if "corrupted" not in adata.layers:
         sx.pp.corrupt(adata)
-        sx.tl.imputation_score(adata)
+        with pytest.warns(sx.ScviExtWarning, match=r"was trained on adata\.X"):
+            sx.tl.imputation_score(adata)
     return sx.pl.imputation(adata, **options)
 
 

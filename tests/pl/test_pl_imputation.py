@@ -9,6 +9,8 @@ from matplotlib.collections import QuadMesh
 
 import scvi_ext as sx
 
+# Fits of the originals, which is well for a picture.
+pytestmark = pytest.mark.filterwarnings("ignore:Fit .* was trained on adata.X:scvi_ext.ScviExtWarning")
 METHODS = ["fit", "uncorrupted", "nearest cells", "gene mean", "no imputation"]
 
 
@@ -93,6 +95,7 @@ def test_the_picture_is_saved(scored, tmp_path):
         ({"measure": "error"}, ValueError, r"measure='error' is not one of 'mean', 'median'"),
         ({"key": "nope"}, KeyError, r"'nope' is not in"),
         ({"key": "ldvae"}, KeyError, r"has no 'ldvae_imputation': call scvi_ext\.tl\.imputation_score"),
+        ({"slot": "scvi_ext"}, KeyError, r"has no errors of imputed counts"),
         ({"slot": "mine"}, KeyError, r"has no 'mine': call scvi_ext\.tl\.imputation_score"),
         ({"key": "scvi", "slot": "mine"}, ValueError, r"has no effect beside"),
         ({"save": True}, TypeError, r"save=True must be the name of a file"),

@@ -267,12 +267,32 @@ def test_the_record_survives_a_file(counts, tmp_path, form, layer):
 def test_changes_of_the_originals_are_noticed(counts):
     sx.pp.corrupt(counts)
     raw = counts.X.copy()
-    for change in (lambda x: x.log1p(), lambda x: x * 1.5, lambda x: x * 0, lambda x: x * np.nan):
+    for change in (lambda x: x.log1p(), lambda x: x * 1.5, lambda x: -x, lambda x: x * np.nan, lambda x: x * np.inf):
         counts.X = change(raw)
-        with pytest.raises(ValueError, match=r"was made by lowering counts of adata\.X, which is not what the two say"):
+        with pytest.raises(ValueError, match=r"^adata\.X held whole counts when pp\.corrupt was called"):
+            entries(counts)
+    for change in (lambda x: x * 0, lambda x: x * 2, lambda x: x.power(2)):
+        counts.X = change(raw)
+        with pytest.raises(
+            ValueError, match=r"made by setting counts to zero in adata\.X, which is not what the two say"
+        ):
             entries(counts)
     counts.X = counts.layers["corrupted"].copy()
     with pytest.raises(ValueError, match="agree in all 201 cells and 60 genes"):
+        entries(counts)
+
+
+def test_changes_of_the_corrupted_layer_are_noticed(counts):
+    sx.pp.corrupt(counts, method="thinning")
+    counts.layers["corrupted"] = counts.layers["corrupted"].log1p()
+    with pytest.raises(ValueError, match=r"^adata\.layers\['corrupted'\] held whole counts"):
+        entries(counts)
+    counts.layers["corrupted"] = counts.X + 1 * (counts.X > 0)
+    with pytest.raises(ValueError, match=r"was made by lowering counts of adata\.X"):
+        entries(counts)
+    counts.X = counts.X * np.nan
+    counts.layers["corrupted"] = counts.X
+    with pytest.raises(ValueError, match=r"^adata\.X and adata\.layers\['corrupted'\] held whole counts"):
         entries(counts)
 
 
@@ -295,6 +315,52 @@ def test_restoring_keeps_fits_and_setup(fitted):
     sx.pp.corrupt(fitted)
     sx.pp.restore(fitted)
     assert set(fitted.uns["scvi_ext"]) == keys
+
+
+def test_restoring_the_layer_that_is_set_up_says_so(counts):
+    sx.pp.corrupt(counts)
+    sx.pp.corrupt(counts, key_added="other")
+    sx.pp.setup_anndata(counts, layer="corrupted")
+    sx.pp.restore(counts, corruption="other")
+    with pytest.warns(
+        sx.ScviExtWarning, match=r"set up to read adata\.layers\['corrupted'\].* pp\.setup_anndata again"
+    ):
+        sx.pp.restore(counts)
+    with pytest.raises(KeyError, match=r"'corrupted', the layer that pp\.setup_anndata registered, is not in"):
+        sx.tl.fit(counts, max_epochs=1)
+    sx.pp.setup_anndata(counts)
+    sx.tl.fit(counts, max_epochs=1, n_hidden=4, n_latent=2)
+
+
+def test_fits_to_what_is_replaced_are_named(counts):
+    sx.pp.corrupt(counts)
+    sx.pp.setup_anndata(counts, layer="corrupted")
+    sx.tl.fit(counts, max_epochs=1, n_hidden=4, n_latent=2)
+    sx.pp.setup_anndata(counts)
+    sx.tl.fit(counts, key_added="honest", max_epochs=1, n_hidden=4, n_latent=2)
+    first = dense(counts.layers["corrupted"])
+    with pytest.warns(sx.ScviExtWarning, match=r"earlier adata\.layers\['corrupted'\].*: 'scvi'\. Fit again"):
+        sx.pp.corrupt(counts, seed=1)
+    sx.pp.restore(counts)
+    with pytest.warns(sx.ScviExtWarning, match=r"earlier adata\.layers\['corrupted'\].*: 'scvi'\. Fit again"):
+        sx.pp.corrupt(counts)
+    sx.pp.corrupt(counts)  # the same again
+    sx.pp.corrupt(counts, seed=1, key_added="another")
+    np.testing.assert_array_equal(dense(counts.layers["corrupted"]), first)
+
+
+def test_what_is_on_disk_cannot_be_copied(counts, tmp_path):
+    counts.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    with pytest.raises(ValueError, match=r"backed, with copy=True.*adata\.to_memory\(\)"):
+        sx.pp.corrupt(backed, copy=True)
+    with pytest.raises(ValueError, match=r"a view of a backed AnnData.*adata\.to_memory\(\)"):
+        sx.pp.corrupt(backed[:9])
+    sx.pp.corrupt(backed)
+    with pytest.raises(ValueError, match=r"backed, with copy=True.*adata\.to_memory\(\)"):
+        sx.pp.restore(backed, copy=True)
+    sx.pp.restore(backed)
+    assert not backed.uns
 
 
 def test_restoring_a_layer_that_was_deleted_removes_the_record(counts):
@@ -372,7 +438,7 @@ def test_few_cells_or_genes(make_counts, shape):
 
 def test_a_matrix_without_counts_cannot_be_corrupted():
     for shape in ((5, 4), (0, 4), (5, 0)):
-        with pytest.raises(ValueError, match="changes none of the 0 counts"):
+        with pytest.raises(ValueError, match=r"adata\.X has no counts above zero: there is nothing to corrupt"):
             sx.pp.corrupt(ad.AnnData(np.zeros(shape, np.float32)))
 
 

@@ -86,7 +86,11 @@ def test_a_fit_on_other_counts_is_given_the_corrupted_ones(adata):
     sx.pp.setup_anndata(adata, batch_key="batch")
     sx.tl.fit(adata, max_epochs=2, n_hidden=8, n_latent=3)
     original, corrupted = layers(adata)
-    table = imputed(adata)
+    with pytest.warns(sx.ScviExtWarning, match=r"'scvi' was trained on adata\.X, not on adata\.layers\['corrupted'\]"):
+        sx.tl.imputation_score(adata, key_added="leaked")
+    assert adata.uns["leaked"]["params"]["fit_layer"] == "X"
+    with pytest.warns(sx.ScviExtWarning, match="may have seen the originals"):
+        table = imputed(adata)
     np.testing.assert_allclose(table[:, 1], decoded(adata, "corrupted")[original != corrupted], **FLOAT32)
     np.testing.assert_allclose(table[:, 2], decoded(adata, None)[original != corrupted], **FLOAT32)
 
@@ -137,7 +141,8 @@ def test_cells_are_pooled_in_stretches(adata, monkeypatch):
 
 
 def test_thinning_is_made_up_for_by_depth(adata):
-    sx.pp.corrupt(adata, rate=0.75, method="thinning")
+    with pytest.warns(sx.ScviExtWarning, match=r"earlier adata\.layers\['corrupted'\].*: 'scvi'"):
+        sx.pp.corrupt(adata, rate=0.75, method="thinning")
     original, corrupted = layers(adata)
     changed = original != corrupted
     table = imputed(adata)
@@ -334,6 +339,7 @@ def test_it_writes_one_slot_and_says_so(adata, logged):
     assert "'scvi_imputation', errors of imputed counts (adata.uns)" in logged()
     assert adata.uns["scvi_imputation"]["params"] == {
         "key": "scvi",
+        "fit_layer": "corrupted",
         "corruption": "corrupted",
         "method": "binomial",
         "rate": 0.5,
@@ -407,7 +413,7 @@ def test_what_makes_no_sense_is_refused(adata, options, error, message):
 def test_what_cannot_be_scored_is_refused(adata):
     other = adata.copy()
     other.X = other.X.log1p()
-    with pytest.raises(ValueError, match=r"was made by lowering counts of adata\.X, which is not what the two say now"):
+    with pytest.raises(ValueError, match=r"adata\.X held whole counts when pp\.corrupt was called"):
         sx.tl.imputation_score(other)
     same = (adata.X != adata.layers["corrupted"]).toarray()
     unchanged = int(np.argmin(same.sum(1)))
@@ -417,7 +423,8 @@ def test_what_cannot_be_scored_is_refused(adata):
     other.layers["corrupted"] = x.tocsr()
     with pytest.raises(ValueError, match="agree in all 1 cells and 40 genes"):
         sx.tl.imputation_score(other, indices=[unchanged])
-    sx.pp.restore(adata)
+    with pytest.warns(sx.ScviExtWarning, match=r"pp\.setup_anndata again"):
+        sx.pp.restore(adata)
     with pytest.raises(KeyError, match=r"has no corruptions: call scvi_ext\.pp\.corrupt"):
         sx.tl.imputation_score(adata)
     assert "scvi_imputation" not in adata.uns
@@ -434,6 +441,22 @@ def test_get_finds_what_was_written(adata):
         sx.get.imputation_df(adata, "scvi", slot="mine")
     with pytest.raises(ValueError, match=r"table='score' is not one of"):
         sx.get.imputation_df(adata, table="score")
+    adata.uns["mine"] = np.arange(3)
+    for slot in ("scvi_ext", "mine"):
+        with pytest.raises(KeyError, match=rf"adata\.uns\['{slot}'\] has no errors of imputed counts"):
+            sx.get.imputation_df(adata, slot=slot)
+
+
+@pytest.mark.parametrize("name", ["get_normalized_expression", "posterior_predictive_sample"])
+def test_no_readout_writes_over_original_or_corrupted_counts(adata, name):
+    adata.layers["raw"] = adata.X.copy()
+    sx.pp.corrupt(adata, layer="raw", key_added="other")
+    for layer in ("raw", "other"):
+        before = adata.layers[layer].copy()
+        with pytest.raises(ValueError, match=rf"adata\.layers\['{layer}'\] holds original or corrupted counts"):
+            getattr(sx.tl, name)(adata, key_added=layer)
+        assert (adata.layers[layer] != before).nnz == 0
+    sx.tl.get_latent(adata, key_added="raw")  # obsm has names of its own
 
 
 def test_the_correlation_of_what_is_imputed_with_the_truth_is_positive(adata):
