@@ -80,8 +80,9 @@ def posterior_predictive_check(
 
     ``"genes"``, ``"cells"``
         DataFrame, float64, the genes of the fit or the chosen cells x ``mean_observed``, ``mean_predicted`` (average of
-        the replicates), ``mean_sd`` (their standard deviation), the same for ``cv`` (NaN where there is no count) and
-        ``zero_fraction``, and ``coverage_50``, ``coverage_80``, ``coverage_95``.
+        the replicates), ``mean_sd`` (their standard deviation), the same for ``cv`` (NaN where there is no count, or
+        where the mean of a replicate is below 0, as that of normal draws can be) and ``zero_fraction``, and
+        ``coverage_50``, ``coverage_80``, ``coverage_95``.
     ``"calibration"``
         DataFrame: ``level`` of the central interval, ``coverage`` of all counts, and ``coverage_expressed`` of those
         with a predicted rate of 1 or more (of the others, most are zeros that any model covers), NaN where none has.
@@ -176,7 +177,8 @@ def _statistics(sums: np.ndarray, inside: np.ndarray, n: int) -> np.ndarray:
     total, squares, zeros = sums.swapaxes(0, 1)
     mean = total / n
     sd = np.sqrt(np.maximum(squares / n - mean**2, 0))
-    cv = np.divide(sd, mean, out=np.full(mean.shape, np.nan), where=mean != 0)
+    cv = np.divide(sd, mean, out=np.full(mean.shape, np.nan), where=mean > 0)
+    cv[1:, (mean[1:] < 0).any(0)] = np.nan  # not the average of those that happen to be above 0
     columns = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, where no or a single replicate has a count

@@ -60,6 +60,21 @@ def test_what_is_not_defined_is_not_drawn(fitted):
     assert len(sx.pl.posterior_predictive(one, show=False)) == 5
 
 
+def test_means_below_zero_are_left_out(make_counts):
+    """Normal draws around almost nothing: half of the means are negative, and so would be bars and logarithms."""
+    adata = make_counts(60, 60)
+    adata.X = np.maximum(adata.X.toarray() > 7, np.eye(60)).astype(np.float32)
+    sx.pp.setup_anndata(adata)
+    sx.tl.fit(adata, reconstruction_loss="normal", n_hidden=8, n_latent=2, max_epochs=2)
+    sx.tl.posterior_predictive_check(adata, n_samples=2)
+    axes = sx.pl.posterior_predictive(adata, show=False)
+    axes[0].figure.canvas.draw()
+    predicted = sx.get.posterior_predictive(adata)["genes"]["cv_predicted"]
+    (scatter,) = (c for c in axes[0].collections if hasattr(c, "get_sizes"))
+    assert 0 < len(scatter.get_offsets().compressed()) // 2 == predicted.notna().sum() < 60
+    assert np.isfinite(axes[0].get_ylim()).all()
+
+
 def test_without_a_check_it_says_what_to_call(fitted):
     with pytest.raises(KeyError, match=r"call tl\.posterior_predictive_check first"):
         sx.pl.posterior_predictive(fitted)

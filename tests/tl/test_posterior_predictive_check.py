@@ -190,6 +190,23 @@ def test_genes_and_cells_without_counts(fitted):
     assert found["cells"].loc["cell7", "coverage_95"] == pytest.approx(0.95, abs=0.01)
 
 
+def test_a_mean_below_zero_has_no_coefficient_of_variation(make_counts):
+    adata = make_counts(60, 60)
+    adata.X = np.maximum(adata.X.toarray() > 7, np.eye(60)).astype(np.float32)  # rates near 0, draws with an sd near 1
+    sx.pp.setup_anndata(adata)
+    sx.tl.fit(adata, reconstruction_loss="normal", **QUICK)
+    found = check(adata, n_samples=5, seed=2)
+    drawn = [matrix.toarray().astype(float) for matrix in sx.tl.posterior_predictive_sample(adata, n_samples=5, seed=2)]
+    for table, axis in (("genes", 0), ("cells", 1)):
+        lowest = np.min([x.mean(axis) for x in drawn], axis=0)
+        values = found[table]
+        assert (lowest < 0).any()
+        assert (lowest > 0).any()
+        np.testing.assert_array_equal(np.isnan(values["cv_predicted"]), lowest < 0)
+        np.testing.assert_array_equal(np.isnan(values["cv_sd"]), lowest < 0)
+        pd.testing.assert_frame_equal(check(adata, n_samples=5, seed=2, batch_size=7)[table], values, rtol=1e-4)
+
+
 def test_chosen_cells_in_their_order_under_any_names(fitted, with_genes):
     found = check(fitted, indices=[9, 3, 4])
     assert found["cells"].index.tolist() == ["cell9", "cell3", "cell4"]
