@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from scvi_ext._keys import FORMAT, UNS
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from anndata import AnnData
-    from scipy.sparse import csr_matrix
 
     from scvi_ext._contract import SavedFit
 
@@ -135,7 +135,7 @@ def write_layers(
         adata.layers[name] = layer
 
 
-def write_sparse_layer(adata: AnnData, name: str, values: csr_matrix, columns: np.ndarray) -> None:
+def write_sparse_layer(adata: AnnData, name: str, values: sp.csr_matrix, columns: np.ndarray) -> None:
     """``layers[name]`` of all cells, sparse; its columns are the genes at ``columns``, which are all of them."""
     _own(adata)
     if not np.array_equal(columns, np.arange(adata.n_vars)):
@@ -150,6 +150,13 @@ def write_varp(adata: AnnData, name: str, values: np.ndarray, columns: np.ndarra
     pairs = np.full((adata.n_vars, adata.n_vars), np.nan, dtype=values.dtype)
     pairs[np.ix_(columns, columns)] = values
     adata.varp[name] = pairs
+
+
+def write_sparse_varp(adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray) -> None:
+    """``varp[name]``, sparse, with an entry for every pair of the genes at ``columns``, also where it is 0 or NaN."""
+    _own(adata)
+    rows, others = (places.ravel() for places in np.meshgrid(columns, columns, indexing="ij"))
+    adata.varp[name] = sp.csr_matrix((values.ravel(), (rows, others)), shape=(adata.n_vars, adata.n_vars))
 
 
 def write_uns(adata: AnnData, name: str, value: Mapping) -> None:

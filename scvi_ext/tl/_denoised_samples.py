@@ -44,7 +44,8 @@ def denoised_samples(
     n_samples
         Draws per cell.
     library_size
-        Counts that each profile is scaled to.
+        Counts that each profile is scaled to. The profiles of a fit with ``library="size_factor"`` are a softplus and
+        do not sum to 1: there it is a factor, not the sum of a cell.
     transform_batch
         Batch to decode in, as if all cells had been measured there; one only. None: each cell's own.
     gene_list

@@ -40,6 +40,7 @@ def feature_correlation(
     Beside the result, ``"pearson"`` needs memory for two matrices of genes x genes in double precision and goes through
     the cells once; ``"spearman"`` keeps all samples for their ranks, 4 bytes for each sample, cell and gene
     (10 samples of 20,000 cells and 2,000 genes: 1.6 GB): ``gene_list``, ``indices`` and ``n_samples`` make that less.
+    With ``gene_list``, all of this is of these genes only, the result too: 8 bytes for each pair of them.
 
     Parameters
     ----------
@@ -52,12 +53,13 @@ def feature_correlation(
     n_samples
         Draws per cell.
     library_size
-        Counts that each profile is scaled to.
+        Counts that each profile is scaled to. The profiles of a fit with ``library="size_factor"`` are a softplus and
+        do not sum to 1: there it is a factor, not the sum of a cell.
     transform_batch
         Batch to decode in, as if all cells had been measured there, or several, over which the correlations are
         averaged. None: each cell's own.
     gene_list
-        Names of genes; all of the fit by default.
+        Names of genes, whose correlations are written as a sparse matrix; all of the fit by default.
     indices
         The cells: positions, mask or names.
     batch_size
@@ -74,8 +76,8 @@ def feature_correlation(
     ``None``, or the changed copy. Sets
 
     ``adata.varp["<key>_correlation"]``
-        float32, genes x genes; NaN for genes that were not asked for or that the fit does not know, and for those that
-        do not vary.
+        float32, genes x genes; NaN for genes that the fit does not know, and for those that do not vary. With
+        ``gene_list`` sparse (CSR): it has the entries of these genes, and what it lacks was not asked for.
 
     Raises
     ------
@@ -132,6 +134,7 @@ def feature_correlation(
     start = logg.info(f"computing the correlation between genes from fit {fitted.fit.key!r}")
     total = sum(correlation(batch) for batch in batches)
     columns = fitted.columns if genes is None else fitted.columns[genes]
-    results.write_varp(adata, slot, (total / len(batches)).astype(np.float32), columns)
+    write = results.write_varp if genes is None else results.write_sparse_varp
+    write(adata, slot, (total / len(batches)).astype(np.float32), columns)
     logg.info("    finished", time=start, deep=f"added\n    {slot!r}, correlation between genes (adata.varp)")
     return adata if copy else None

@@ -53,7 +53,9 @@ def get_normalized_expression(
     gene_list
         Names of genes; the result is then a table in ``obsm``.
     library_size
-        Counts that each profile is scaled to, or ``"latent"`` for the cell's own (observed, inferred or given).
+        Counts that each profile is scaled to, or ``"latent"`` for the cell's own (observed, inferred or given). The
+        profiles of a fit with ``library="size_factor"`` are a softplus and do not sum to 1: there it is a factor, not
+        the sum of a cell.
     n_samples
         Posterior samples of z to average.
     weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from _tolerances import N_STANDARD_ERRORS
 from scipy import stats
@@ -70,6 +71,15 @@ def test_every_dispersion_has_draws(fit_with, options):
     assert (np.abs(ratio - 1) < N_STANDARD_ERRORS * error).all()
 
 
+@pytest.mark.parametrize(("library", "is_the_sum"), [("observed", True), ("latent", True), ("size_factor", False)])
+def test_profiles_are_scaled_to_the_library_size_but_for_size_factors(fit_with, library, is_the_sum):
+    adata = fit_with(library=library, reconstruction_loss="poisson")
+    drawn = sx.tl.denoised_samples(adata, n_samples=1, library_size=300)[0]
+    sx.tl.get_normalized_expression(adata, library_size=300)
+    for x in (drawn, adata.layers["scvi_normalized"]):
+        assert np.allclose(x.sum(1), 300, rtol=1e-4) == is_the_sum
+
+
 def test_draws_scale_with_the_library_and_depend_on_seed_and_cell(fitted):
     one = sx.tl.denoised_samples(fitted, n_samples=2, seed=1)
     np.testing.assert_allclose(sx.tl.denoised_samples(fitted, n_samples=2, seed=1, library_size=2000.0), 2 * one)
@@ -93,7 +103,7 @@ def test_neither_batch_size_nor_blocks_nor_the_choice_of_genes_matters(fitted, m
     found = sx.tl.denoised_samples(fitted, n_samples=2, batch_size=batch_size)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-30)
     found = sx.tl.denoised_samples(fitted, n_samples=2, gene_list=["gene9", "gene2"])
-    np.testing.assert_array_equal(found, expected[:, :, [9, 2]])
+    np.testing.assert_allclose(found, expected[:, :, [9, 2]], rtol=1e-5, atol=1e-30)
     found = sx.tl.denoised_samples(fitted, n_samples=2, indices=[0, 1, 2])
     np.testing.assert_allclose(found, expected[:, :3], rtol=1e-5, atol=1e-30)
 
@@ -160,17 +170,40 @@ def test_correlations_are_averaged_over_batches(fitted, method):
     np.testing.assert_allclose(found, (parts[0] + parts[1]) / 2, **ROUNDED)
 
 
-def test_genes_that_were_not_asked_for_or_are_not_known_are_nan(fitted, with_genes):
+def test_genes_that_are_not_known_are_nan(fitted, with_genes):
     whole = correlation(fitted)
     larger = with_genes(fitted, ["new", *fitted.var_names[::-1]])
     found = correlation(larger)
     assert np.isnan(found[0]).all()
     assert np.isnan(found[:, 0]).all()
     np.testing.assert_array_equal(found[1:, 1:], whole[::-1, ::-1])
-    found = correlation(larger, gene_list=["gene3", "gene50"])
-    places = larger.var_names.get_indexer(["gene3", "gene50"])
-    assert np.isfinite(found).sum() == 4
-    np.testing.assert_allclose(found[np.ix_(places, places)], whole[np.ix_([3, 50], [3, 50])], **ROUNDED)
+
+
+def test_a_list_of_genes_is_a_sparse_matrix_of_their_entries(fitted, with_genes, tmp_path):
+    whole = correlation(fitted)
+    larger = with_genes(fitted, ["new", *fitted.var_names[::-1]])
+    genes = ["gene50", "gene3", "gene7"]
+    sx.tl.feature_correlation(larger, n_samples=3, gene_list=genes)
+    found = larger.varp[SLOT]
+    assert isinstance(found, sp.csr_matrix)
+    assert found.dtype == np.float32
+    assert found.shape == (61, 61)
+    assert found.nnz == 9
+    assert found.has_sorted_indices
+    of_genes = larger[:, genes].varp[SLOT].toarray()
+    np.testing.assert_allclose(of_genes, whole[np.ix_([50, 3, 7], [50, 3, 7])], **ROUNDED)
+    larger.write_h5ad(tmp_path / "a.h5ad")
+    larger.write_zarr(tmp_path / "a.zarr")
+    for read in (ad.read_h5ad(tmp_path / "a.h5ad"), ad.read_zarr(tmp_path / "a.zarr")):
+        assert (read.varp[SLOT] != found).nnz == 0
+
+
+def test_a_pair_of_genes_that_do_not_vary_has_an_entry(fitted, monkeypatch):
+    values = np.array([[1, np.nan, 0], [np.nan, np.nan, np.nan], [0, np.nan, 1]])
+    monkeypatch.setattr("scvi_ext.tl._feature_correlation.spearman", lambda drawn: values)
+    found = correlation(fitted, gene_list=["gene9", "gene2", "gene4"])
+    assert found.nnz == 9
+    np.testing.assert_array_equal(found[[9, 2, 4]][:, [9, 2, 4]].toarray(), values)
 
 
 def test_it_sees_genes_that_vary_together():
