@@ -46,7 +46,7 @@ def metrics_df(adata: AnnData, key: str | None = None) -> pd.DataFrame:
             msg = f"adata.uns has no {key!r}: call scvi_ext.metrics.table(adata) first."
             raise KeyError(msg)
         raise missing_key("adata.uns", key, adata.uns)
-    if "table" not in adata.uns[key] or "params" not in adata.uns[key]:
+    if "table" not in adata.uns[key]:
         msg = f"adata.uns[{key!r}] has no table of metrics: scvi_ext.metrics.table has not written it."
         raise KeyError(msg)
     return adata.uns[key]["table"].copy()

@@ -47,7 +47,8 @@ def test_the_best_state_is_the_one_that_remains(stopped):
         loss = sx.get.model(stopped).loss(Block(store, torch.device("cpu")).minibatch(held_out))
     elbo = -(loss.reconstruction + loss.kl_z + loss.kl_library).double().mean().item()
     assert elbo == pytest.approx(history["elbo_validation"][best], rel=1e-6)  # one pass of float32
-    assert history["elbo_validation"].iloc[-1] < elbo - 0.1  # so the last state would have been another
+    # The last state would have been another: ten times as far as the line above allows.
+    assert history["elbo_validation"].iloc[-1] < elbo - 1e-3
 
 
 def test_it_is_the_beginning_of_the_run_without_it(stopped, make_counts):

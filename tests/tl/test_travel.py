@@ -196,7 +196,7 @@ def test_counts_may_lie_in_a_layer(counts):
     counts.X = None
     np.testing.assert_array_equal(read_out_latent(counts), latent)
     del counts.layers["counts"]
-    with pytest.raises(KeyError, match=r"'counts' is not in adata\.layers, which has: none"):
+    with pytest.raises(KeyError, match=r"'counts', the layer that .* registered, is not in adata\.layers"):
         sx.tl.get_latent(counts)
 
 
