@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvi_ext import models
-from scvi_ext._errors import listing, needs_capability, no_cells, one_of, whole_number
+from scvi_ext._errors import listing, needs_capability, no_cells, one_of
 from scvi_ext._keys import UNS, FitKeys, valid_key
-from scvi_ext._settings import settings
 from scvi_ext.data.corruption import corruption_layers
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit
 from scvi_ext.data.store import CellStore, resolve_indices
-from scvi_ext.engine.device import resolve_device
+from scvi_ext.engine.device import resolve_device, resolve_seed
 from scvi_ext.engine.map_cells import Draws, map_cells
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class Fitted:
             self.store,
             device=resolve_device(),
             batch_size=batch_size,
-            seed=whole_number("seed", settings.seed if seed is None else seed, 0),
+            seed=resolve_seed(seed),
             floats_per_cell=floats_per_cell,
         )
 

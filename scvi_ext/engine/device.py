@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scvi_ext._errors import one_of
+from scvi_ext._errors import one_of, whole_number
 from scvi_ext._settings import settings
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         )
         raise ValueError(msg)
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
+
+
+def resolve_seed(seed: int | None) -> int:
+    """A seed that generators take; None asks ``settings.seed``."""
+    return whole_number("seed", settings.seed if seed is None else seed, 0)
 
 
 @contextmanager

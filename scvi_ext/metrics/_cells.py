@@ -12,7 +12,6 @@ from scipy.sparse import issparse
 
 from scvi_ext._errors import listing, missing_key, whole_number
 from scvi_ext._keys import UNS, FitKeys
-from scvi_ext._settings import settings
 from scvi_ext.data.registry import Registry, column, read_fit, read_root, read_setup
 from scvi_ext.metrics import arrays
 
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
 
 # Neighbours of a cell where nothing else is asked for: the numbers of scVI 0.5.
 FOR_MIXING, FOR_PURITY, FOR_OVERLAP = 50, 30, 100
-
-
-def resolve_seed(seed: int | None) -> int:
-    """The seed to use; None takes that of the settings."""
-    return whole_number("seed", settings.seed if seed is None else seed, 0)
 
 
 def registry_of(adata: AnnData) -> Registry:

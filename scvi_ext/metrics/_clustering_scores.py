@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from scanpy import logging as logg
 
 from scvi_ext._errors import one_of, whole_number
+from scvi_ext.engine.device import resolve_seed
 from scvi_ext.metrics import arrays
-from scvi_ext.metrics._cells import complete, leave_out, obs_codes, obs_key, rep_key, rep_values, resolve_seed
+from scvi_ext.metrics._cells import complete, leave_out, obs_codes, obs_key, rep_key, rep_values
 
 if TYPE_CHECKING:
     from typing import Literal

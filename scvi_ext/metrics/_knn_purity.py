@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from scanpy import logging as logg
 
+from scvi_ext.engine.device import resolve_seed
 from scvi_ext.metrics import arrays
-from scvi_ext.metrics._cells import FOR_PURITY, neighbors_of, obs_codes, obs_key, resolve_seed
+from scvi_ext.metrics._cells import FOR_PURITY, neighbors_of, obs_codes, obs_key
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from scanpy import logging as logg
 
 from scvi_ext._errors import missing_key, one_of
+from scvi_ext.engine.device import resolve_seed
 from scvi_ext.metrics import arrays
 from scvi_ext.metrics._cells import (
     FOR_OVERLAP,
@@ -14,7 +15,6 @@ from scvi_ext.metrics._cells import (
     registry_of,
     rep_key,
     rep_values,
-    resolve_seed,
     search,
 )
 

@@ -9,6 +9,7 @@ from scanpy import logging as logg
 from scvi_ext import results
 from scvi_ext._keys import METRICS, UNS, FitKeys, valid_key
 from scvi_ext.data.registry import read_root
+from scvi_ext.engine.device import resolve_seed
 from scvi_ext.metrics import arrays
 from scvi_ext.metrics._cells import (
     FOR_MIXING,
@@ -20,7 +21,6 @@ from scvi_ext.metrics._cells import (
     registry_of,
     rep_key,
     rep_values,
-    resolve_seed,
     search,
 )
 

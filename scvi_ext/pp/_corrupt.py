@@ -8,14 +8,14 @@ import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 
 from scvi_ext import results
-from scvi_ext._errors import ScviExtWarning, listing, number, one_of, whole_number
+from scvi_ext._errors import ScviExtWarning, listing, number, one_of
 from scvi_ext._keys import UNS, valid_key
-from scvi_ext._settings import settings
 from scvi_ext.data.audit import audit_counts
 from scvi_ext.data.corruption import Corruption, read_layer
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import Registry, read_root
 from scvi_ext.data.store import check_in_memory
+from scvi_ext.engine.device import resolve_seed
 from scvi_ext.functional.corruption import CORRUPTIONS
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def corrupt(
     if not (0 < number("rate", rate) < 1 or (rate == 1 and method != "thinning")):
         msg = f"rate={rate!r} must be above 0 and {largest} for method={method!r}."
         raise ValueError(msg)
-    seed = whole_number("seed", settings.seed if seed is None else seed, 0)
+    seed = resolve_seed(seed)
     known = read_root(adata).get(UNS.corruptions, {})
     check_in_memory(adata, copy=copy)
     name = "corrupted" if key_added is None else valid_key(key_added)

@@ -8,9 +8,8 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._errors import ScviExtWarning, whole_number
-from scvi_ext._settings import settings
 from scvi_ext.engine.checkpoint import load_module, module_arrays
-from scvi_ext.engine.device import resolve_device
+from scvi_ext.engine.device import resolve_device, resolve_seed
 from scvi_ext.engine.map_cells import map_cells
 from scvi_ext.engine.plan import make_plan
 from scvi_ext.engine.refit import refit_encoders
@@ -117,7 +116,7 @@ def amortization_gap(
     """
     whole_number("n_paths", n_paths, 1)
     whole_number("n_samples", n_samples, 1)
-    seed = whole_number("seed", settings.seed if seed is None else seed, 0)
+    seed = resolve_seed(seed)
     if return_mean and (copy or key_added is not None):
         msg = "return_mean=True writes nothing: leave out copy and key_added, or ask for return_mean=False."
         raise ValueError(msg)

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._errors import listing, number, one_of, whole_number
-from scvi_ext._settings import settings
 from scvi_ext.data.registry import column
 from scvi_ext.data.store import resolve_indices
-from scvi_ext.fitted import Fitted, in_batch
+from scvi_ext.engine.device import resolve_seed
+from scvi_ext.fitted import Fitted
 from scvi_ext.functional.bayes import bayes_factor, expected_fdr, learned_delta
 from scvi_ext.kernels import changes
 from scvi_ext.kernels.compiler import in_parallel
 from scvi_ext.kernels.sparse import sums_by_set
+from scvi_ext.tl._pool import LOWEST, Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     import scipy.sparse as sp
     from anndata import AnnData
 
-    from scvi_ext._contract import Minibatch
-    from scvi_ext.engine.map_cells import Draws
-
-_LOWEST = -24  # log2 of a scale of 6e-8: what is smaller counts as that
-_HIGHEST = {"softmax": 0, "softplus": 12}  # log2 of the largest scale; a softplus is relative to the size factor
-_HISTOGRAM_BYTES = 2**30  # at once; more genes than fit are decoded in several rounds
-_CELLS_AT_ONCE = 2**14  # drawn cells that are held with their counts
 _LEAST_GENES = 10  # to learn delta from
-_LEAST_DRAWS = 25  # of a set of cells in a decode batch
 _PER_CELL = 25  # draws of a cell whose importance weights are normalised
 _UNEXPRESSED = 0.01  # mean count of a gene, below which it counts as not expressed (as in scvi-tools)
 
@@ -60,7 +52,7 @@ class Options:
     @classmethod
     def checked(cls, seed: int | None, **given: Any) -> Options:
         """The options of a user, or an error that says what is wrong with them."""
-        options = cls(seed=whole_number("seed", settings.seed if seed is None else seed, 0), **given)
+        options = cls(seed=resolve_seed(seed), **given)
         one_of("mode", options.mode, ["change", "vanilla"])
         one_of("hypothesis", options.hypothesis, ["three", "two"])
         if options.weights is not None:
@@ -69,9 +61,9 @@ class Options:
         if options.delta is not None and not 0 < number("delta", options.delta) < np.inf:
             msg = f"delta={options.delta!r} must be positive (a log2 fold change), or None to learn it from the data."
             raise ValueError(msg)
-        if options.pseudocount is not None and not 2.0**_LOWEST <= number("pseudocount", options.pseudocount) < np.inf:
+        if options.pseudocount is not None and not 2.0**LOWEST <= number("pseudocount", options.pseudocount) < np.inf:
             msg = (
-                f"pseudocount={options.pseudocount!r} must be at least {2.0**_LOWEST:.2g}, the smallest scale "
+                f"pseudocount={options.pseudocount!r} must be at least {2.0**LOWEST:.2g}, the smallest scale "
                 "that is told apart, and finite; None takes it from the genes that are not expressed."
             )
             raise ValueError(msg)
@@ -104,6 +96,12 @@ class Comparison:
     right: np.ndarray  # (S,) bool
 
 
+def restrict(codes: np.ndarray, adata: AnnData, indices: Any) -> None:
+    """Set the codes of all cells but those at ``indices`` (None: all) to -1, in place."""
+    if indices is not None:
+        codes[np.setdiff1d(np.arange(adata.n_obs), resolve_indices(adata, indices))] = -1
+
+
 def groups_of(adata: AnnData, name: str, indices: Any = None) -> tuple[list[str], np.ndarray]:
     """Names of the groups in ``adata.obs[name]`` and the code of every cell, -1 for none or outside ``indices``."""
     if not isinstance(name, str):
@@ -111,8 +109,7 @@ def groups_of(adata: AnnData, name: str, indices: Any = None) -> tuple[list[str]
         raise TypeError(msg)
     values = pd.Categorical(column(adata.obs, name))
     codes = values.codes.astype(np.int64)
-    if indices is not None:
-        codes[np.setdiff1d(np.arange(adata.n_obs), resolve_indices(adata, indices))] = -1
+    restrict(codes, adata, indices)
     names = [str(category) for category in values.categories]
     if len(set(names)) < len(names):
         msg = f"adata.obs[{name!r}] has values that read the same as text: {listing(names)}. Rename its categories."
@@ -196,7 +193,16 @@ def _compare(
     left, right = (_shares(n_cells, [getattr(c, side) for c in comparisons]) for side in ("left", "right"))
     of_sets = _of_counts(fitted.store.counts, sets, n_cells)
     observed = np.stack([np.einsum("cs,isg->cig", shares, of_sets) for shares in (left, right)], 1)  # (C, 2, 3, G)
-    pool = _Pool(fitted, sets, n_cells, batches, options, batch_size)
+    pool = Pool(
+        fitted,
+        sets,
+        n_cells,
+        batches,
+        n_samples=options.n_samples,
+        per_cell=_PER_CELL if options.weights == "importance" else 1,
+        seed=options.seed,
+        batch_size=batch_size,
+    )
     described, permuted = [], []
     for first in range(0, fitted.store.n_genes, pool.genes_at_once):
         histograms, scales = pool.decode(slice(first, first + pool.genes_at_once))
@@ -238,101 +244,6 @@ def _of_counts(counts: sp.csr_matrix, sets: np.ndarray, n_cells: np.ndarray) -> 
     return sums_by_set(counts, sets, to_10k, len(n_cells)) / n_cells[:, None]
 
 
-class _Pool:
-    """Draws of the scale, cells first: only those drawn are decoded, once for all comparisons.
-
-    From every set of cells as many are drawn in every decode batch, and every cell of a set as often as any other, or
-    once more. A drawn cell has one sample, or several with importance weights.
-    """
-
-    def __init__(
-        self,
-        fitted: Fitted,
-        sets: np.ndarray,
-        n_cells: np.ndarray,
-        batches: Sequence[int | None],
-        options: Options,
-        batch_size: int | None,
-    ):
-        n_sets = len(n_cells)
-        n_draws = options.n_samples // (n_sets * len(batches))
-        if n_draws < _LEAST_DRAWS:
-            where = f" in {len(batches)} batches" if len(batches) > 1 else ""
-            msg = (
-                f"n_samples={options.n_samples} leaves {n_draws} draws for each of {n_sets} sets of cells{where}: take "
-                f"{_LEAST_DRAWS * n_sets * len(batches)} or more."
-            )
-            raise ValueError(msg)
-        self.fitted, self.batches, self.batch_size = fitted, batches, batch_size
-        self.per_cell = _PER_CELL if options.weights == "importance" else 1
-        rng = np.random.default_rng(options.seed)
-        members = [np.flatnonzero(sets == s) for s in range(n_sets)]
-        # Each set of the cells, shuffled, is gone through again and again until there are enough.
-        self.rows = [np.concatenate([np.resize(rng.permutation(m), n_draws) for m in members]) for _ in batches]
-        self.seed = int(rng.integers(2**63))
-        self.sets, self.n_sets = sets, n_sets
-        # Samples of one cell are no draws of cells, so the standard errors count the latter only.
-        self.n_effective = np.full((len(batches), n_sets), float(n_draws))
-        self.highest = _HIGHEST[fitted.module.heads["scale_activation"]]
-        self.n_bins = (self.highest - _LOWEST) * changes.PER_DOUBLING + 1
-        self.genes_at_once = max(1, _HISTOGRAM_BYTES // (4 * self.n_bins * len(batches) * n_sets))
-        self.totals = np.empty_like(self.n_effective)  # of the weights of the draws
-        self.n_decoded = 0
-
-    def decode(self, genes: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Histograms (D, S, genes, K) of the log2 scale, and the mean scale of all genes, (S, G)."""
-        n_genes = self.fitted.store.n_genes
-        shape = (len(self.batches), self.n_sets, len(range(n_genes)[genes]), self.n_bins)
-        histograms, mean_scale = np.zeros(shape, np.float32), np.zeros((self.n_sets, n_genes))
-        for d, batch in enumerate(self.batches):
-            total, sums = np.zeros(self.n_sets), np.zeros_like(mean_scale)
-            for of_draw, position, scale, weights in self._draws(d, batch):
-                in_parallel(changes.add, histograms[d], position[:, genes], of_draw, weights)
-                in_parallel(changes.add_up, sums, scale, of_draw, weights)
-                total += np.bincount(of_draw, weights, self.n_sets)
-            self.totals[d] = total
-            mean_scale += sums / total[:, None] / len(self.batches)
-        return histograms, mean_scale
-
-    def _draws(self, d: int, batch: int | None) -> Iterator[tuple[np.ndarray, ...]]:
-        """Sets, positions, scales and weights of all draws in a decode batch, the same ones every time."""
-        module, n_genes = self.fitted.module, self.fitted.store.n_genes
-        for first in range(0, len(self.rows[d]), _CELLS_AT_ONCE):
-            rows = self.rows[d][first : first + _CELLS_AT_ONCE]
-            drawn = replace(self.fitted, store=self.fitted.store.take(rows)).map(
-                lambda cells, draws: self._draw(cells, draws, batch),
-                batch_size=self.batch_size,
-                seed=int(np.random.default_rng([self.seed, d, first]).integers(2**63)),
-                floats_per_cell=self.per_cell * max(n_genes, module.n_noise),
-            )
-            for stretch, (position, scale, weights) in drawn:
-                self.n_decoded += len(weights)
-                yield np.repeat(self.sets[rows[stretch]], self.per_cell), position, scale, weights
-
-    def _draw(self, cells: Minibatch, draws: Draws, batch: int | None) -> tuple[torch.Tensor, ...]:
-        """Positions of the log2 scale among the bins, scales, and weights; the S draws of a cell come together.
-
-        Shapes (B * S, G), (B * S, G), (B * S,).
-        """
-        module = self.fitted.module
-        noise = draws.normal(len(cells.x), self.per_cell, module.n_noise)
-        posteriors = module.posteriors(cells)
-        decoded_in = in_batch(cells, batch)
-        scales, log_weights = [], []
-        for s in range(self.per_cell):
-            z, _ = module.draw(cells, posteriors, noise[:, s])
-            scales.append(module.scale(module.transform_z(z), decoded_in))
-            if self.per_cell > 1:
-                log_weights.append(module.log_weight(cells, posteriors, noise[:, s]))
-        if self.per_cell == 1:
-            scale, weights = scales[0], torch.ones_like(noise[:, 0, 0])
-        else:
-            scale = torch.stack(scales, 1).flatten(0, 1)
-            weights = (torch.softmax(torch.stack(log_weights, 1), 1) * self.per_cell).flatten()
-        position = torch.log2(scale).sub_(_LOWEST).mul_(changes.PER_DOUBLING).clamp_(0, self.n_bins - 1.001)
-        return position, scale, weights
-
-
 def _pseudocount(scales: np.ndarray, observed: np.ndarray, n_cells: np.ndarray, options: Options) -> float:
     """What is added to scales: as much as the decoder gives to genes that are not expressed, on the side with more.
 
@@ -348,7 +259,7 @@ def _pseudocount(scales: np.ndarray, observed: np.ndarray, n_cells: np.ndarray, 
     if not asked.any():
         together = n_cells / n_cells.sum()
         scales, raw_means, asked = (together @ scales)[None], (together @ raw_means)[None], [True]
-    found = [2.0**_LOWEST]
+    found = [2.0**LOWEST]
     for scale, raw_mean in zip(scales[asked], raw_means[asked], strict=True):
         unexpressed = raw_mean < _UNEXPRESSED
         if unexpressed.any():
@@ -371,7 +282,7 @@ def _delta(scales: np.ndarray, pseudocount: float, options: Options) -> float:
 
 def _describe(
     histograms: np.ndarray,
-    pool: _Pool,
+    pool: Pool,
     left: np.ndarray,
     right: np.ndarray,
     pseudocounts: np.ndarray,
@@ -380,8 +291,8 @@ def _describe(
 ) -> np.ndarray:
     """What ``kernels.changes`` says of the changes between both sides, (C, G, outputs), in bins."""
     n_batches, _, n_genes, n_bins = histograms.shape
-    scales = np.exp2(np.arange(n_bins) / changes.PER_DOUBLING + _LOWEST)
-    positions = (np.log2(scales + pseudocounts[:, None]) - _LOWEST) * changes.PER_DOUBLING
+    scales = np.exp2(np.arange(n_bins) / changes.PER_DOUBLING + LOWEST)
+    positions = (np.log2(scales + pseudocounts[:, None]) - LOWEST) * changes.PER_DOUBLING
     slots = np.clip(positions.astype(np.int64), 0, n_bins - 1)
     fractions = np.clip(positions - slots, 0, 1).astype(np.float32)
     spread = changes.SPLIT_VARIANCE * np.gradient(positions, axis=1) ** 2

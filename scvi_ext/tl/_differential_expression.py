@@ -6,7 +6,7 @@ import numpy as np
 
 from scvi_ext._errors import listing, missing_key, whole_number
 from scvi_ext.data.store import resolve_indices
-from scvi_ext.tl._compare import Comparison, Options, carry_out, groups_of
+from scvi_ext.tl._compare import Comparison, Options, carry_out, groups_of, restrict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -235,8 +235,7 @@ def _of_indices(
         raise ValueError(msg)
     for number, side in enumerate(sides):
         sets[side] = number
-    if indices is not None:
-        sets[np.setdiff1d(np.arange(adata.n_obs), resolve_indices(adata, indices))] = -1
+    restrict(sets, adata, indices)
     for number in (0, 1):
         if not (sets == number).any():
             msg = f"There are no cells in idx{number + 1}" + (

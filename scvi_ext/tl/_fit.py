@@ -14,13 +14,12 @@ from scvi_ext import models, results
 from scvi_ext._contract import SavedFit
 from scvi_ext._errors import ScviExtWarning, listing, number, unknown_keyword, whole_number
 from scvi_ext._keys import UNS, valid_key
-from scvi_ext._settings import settings
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit, read_root, read_setup
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import CellStore
 from scvi_ext.engine import fit as engine
 from scvi_ext.engine.checkpoint import module_arrays
-from scvi_ext.engine.device import check_precision, resolve_device, seeded
+from scvi_ext.engine.device import check_precision, resolve_device, resolve_seed, seeded
 from scvi_ext.engine.plan import Plan, make_plan
 from scvi_ext.fitted import ALWAYS_READ
 from scvi_ext.functional import fused
@@ -184,7 +183,7 @@ def fit(
             },
             split={"train_size": train_size, "validation_size": validation_size},
             early_stopping=early_stopping,
-            seed=whole_number("seed", settings.seed if seed is None else seed, 0),
+            seed=resolve_seed(seed),
             checkpoint=checkpoint,
             precision=check_precision(precision, target),
         )

@@ -12,8 +12,8 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._errors import ScviExtWarning, whole_number
-from scvi_ext._settings import settings
 from scvi_ext.data.corruption import changed_entries, read_corruption, read_layer, read_pair
+from scvi_ext.engine.device import resolve_seed
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.imputation import error_measures, group_medians
 from scvi_ext.tl._baselines import baselines as without_a_model
@@ -146,7 +146,7 @@ def imputation_score(
     Lopez et al. (2018), Nature Methods 15, 1053; Batson, Royer and Webber (2019), bioRxiv 786269.
     """
     whole_number("n_samples", n_samples, 1)
-    seed = whole_number("seed", settings.seed if seed is None else seed, 0)
+    seed = resolve_seed(seed)
     record = read_corruption(adata, corruption)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)

@@ -10,7 +10,7 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._errors import whole_number
-from scvi_ext._settings import settings
+from scvi_ext.engine.device import resolve_seed
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.generate import coverage, distribution_function, draw_counts
 from scvi_ext.tl._expressions import expressions
@@ -141,7 +141,7 @@ def posterior_predictive_check(
         return tuple(map(torch.from_numpy, arrays))
 
     start = logg.info(f"comparing the counts with those of fit {fitted.fit.key!r}")
-    seed = settings.seed if seed is None else seed
+    seed = resolve_seed(seed)
     size = max(n_samples * module.n_noise, 2 * store.n_genes)  # double precision
     gene_sums, gene_inside, expressed, cells = 0.0, 0.0, 0.0, []
     for _, (sums, inside, of_cells, of_expressed) in fitted.map(
@@ -160,7 +160,7 @@ def posterior_predictive_check(
         "genes": pd.DataFrame(genes, index=store.var_names, columns=_COLUMNS),
         "cells": pd.DataFrame(np.concatenate(cells), index=store.obs_names, columns=_COLUMNS),
         "calibration": pd.DataFrame(calibration),
-        "params": {"fit": fitted.fit.key, "n_samples": int(n_samples), "seed": int(seed)},
+        "params": {"fit": fitted.fit.key, "n_samples": int(n_samples), "seed": seed},
     }
     results.write_uns(adata, slot, check)
     logg.info("    finished", time=start, deep=f"added\n    {slot!r}, posterior predictive check (adata.uns)")

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from _tolerances import N_STANDARD_ERRORS
 
 import scvi_ext as sx
-from scvi_ext.tl import _compare
+from scvi_ext.tl import _pool
 
 N_SAMPLES = 3000
 
@@ -144,15 +144,15 @@ def test_profiles_are_decoded_once_for_all_groups(adata):
 
 def test_only_drawn_cells_are_encoded(adata, monkeypatch):
     seen = []
-    original = _compare.replace
+    original = _pool.replace
 
     def watched(instance, **changes):
         if "store" in changes:
             seen.append(changes["store"].n_cells)
         return original(instance, **changes)
 
-    monkeypatch.setattr(_compare, "replace", watched)
-    monkeypatch.setattr(_compare, "_CELLS_AT_ONCE", 128)  # so that memory does not grow with their number
+    monkeypatch.setattr(_pool, "replace", watched)
+    monkeypatch.setattr(_pool, "_CELLS_AT_ONCE", 128)  # so that memory does not grow with their number
     result(adata, "type", n_samples=300)
     assert seen == [128, 128, 44]
 
@@ -313,7 +313,7 @@ def test_genes_in_several_rounds_give_the_same(adata, monkeypatch):
     for options in ({}, {"batch_correction": True, "delta": None}, {"weights": "importance", "permuted": True}):
         expected = result(adata, "type", **options)
         with monkeypatch.context() as few:
-            few.setattr(_compare, "_HISTOGRAM_BYTES", 4 * 1537 * 3 * 7)
+            few.setattr(_pool, "_HISTOGRAM_BYTES", 4 * 1537 * 3 * 7)
             pd.testing.assert_frame_equal(result(adata, "type", **options), expected)
 
 
