@@ -47,18 +47,29 @@ class Expression(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The negative ELBO of a minibatch, whole and in parts."""
+    """What is minimised, and its parts per cell: those of the negative ELBO, and what labels add. None: there is none."""
 
     total: Tensor  # () what the optimiser minimises, at the current KL weight
-    reconstruction: Tensor  # (B,) -log p(x | z)
-    kl_z: Tensor  # (B,) KL(q(z) || p(z)), warmed up
-    kl_library: Tensor  # (B,) KL(q(l) || p(l)), never warmed up
+    reconstruction: Tensor | None  # (B,) -log p(x | z)
+    kl_z: Tensor | None  # (B,) KL(q || p) of all other latent variables, warmed up
+    kl_library: Tensor | None  # (B,) KL(q(l) || p(l)), never warmed up
+    classification: Tensor | None = None  # (cells of the labelled stream,) -log q(y), no part of the ELBO
 
 
 class Capability(StrEnum):
     """What some models can do and others cannot. The value is the name of the method that does it."""
 
     LOADINGS = "get_loadings"
+    LABELS = "encode_label"
+    Z2 = "encode_z2"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A sequence of minibatches that a model's loss takes. The first one makes up an epoch, others go round."""
+
+    name: str
+    labelled_only: bool = False  # cells without a label are left out
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class ModelSpec:
     module: type  # the torch module
     config: type  # frozen dataclass; its fields are keyword arguments of tl.fit
     needs: Callable[[Any], frozenset[str]]  # config -> the optional columns of Minibatch it reads
+    streams: tuple[Stream, ...] = (Stream("cells"),)  # the minibatches that its loss takes
     capabilities: frozenset[Capability] = frozenset()
     reference: str = ""
     # Of the default plan: peak of the learning rate, and number of steps per square root of the cells trained on.

@@ -8,7 +8,7 @@ import numpy as np
 
 from scvi_ext._errors import number
 
-_SPLIT, _ORDER = 0, 1  # streams of one seed that must not coincide
+_SPLIT, _ORDER, _LABELLED = 0, 1, 2  # streams of one seed that must not coincide
 
 
 def split_cells(
@@ -51,9 +51,26 @@ def split_cells(
     return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_validation])
 
 
-def epoch_order(cells: np.ndarray, shape: tuple[int, int], seed: int, epoch: int) -> np.ndarray:
+def epoch_order(cells: np.ndarray, shape: tuple[int, int], seed: int, epoch: int, stream: int = 0) -> np.ndarray:
     """Every cell once in random order as (steps, batch size) positions; the last row is filled up from the beginning.
 
-    So a run has one minibatch shape, and no minibatch is too small for batch normalisation.
+    So a run has one minibatch shape, and no minibatch is too small for batch normalisation. Of a ``stream`` with fewer
+    cells, each comes as often as any other, or once more.
     """
-    return np.resize(np.random.default_rng([seed, _ORDER, epoch]).permutation(cells), shape)
+    rng = np.random.default_rng([seed, _ORDER, epoch, *([stream] if stream else [])])
+    rounds = -(-math.prod(shape) // len(cells)) if stream else 1
+    return np.resize(np.concatenate([rng.permutation(cells) for _ in range(rounds)]), shape)
+
+
+def some_of_each_label(cells: np.ndarray, labels: np.ndarray, n: int | None, seed: int, epoch: int) -> np.ndarray:
+    """Of ``cells``, ``n`` of each label drawn anew for the epoch, or all where a label has no more; None takes all.
+
+    ``labels`` are codes of all cells, and the positions in ``cells`` point into them.
+    """
+    if n is None:
+        return cells
+    shuffled = np.random.default_rng([seed, _LABELLED, epoch]).permutation(cells)
+    by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, first, sizes = np.unique(labels[by_label], return_index=True, return_counts=True)
+    rank = np.arange(len(by_label)) - np.repeat(first, sizes)
+    return np.sort(by_label[rank < n])

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from scvi_ext._contract import Stream
 from scvi_ext._errors import listing
 from scvi_ext.data.blocks import Block
-from scvi_ext.data.sampler import epoch_order
+from scvi_ext.data.sampler import epoch_order, some_of_each_label
 from scvi_ext.engine.checkpoint import (
     Snapshot,
     generator_arrays,
@@ -27,10 +28,10 @@ from scvi_ext.engine.device import arithmetic
 from scvi_ext.engine.graph import make_runner
 from scvi_ext.engine.guard import MAX_ROLLBACKS, NonFiniteEvent, find_culprits
 from scvi_ext.engine.interrupt import deferred_interrupt
-from scvi_ext.engine.step import PARTS, TrainingStep, sums_of_parts
+from scvi_ext.engine.step import CLASSIFICATION, ELBO, TrainingStep, sums_of_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -40,17 +41,42 @@ if TYPE_CHECKING:
 _VALIDATION_CELLS = 1024  # per forward pass
 
 
+@dataclass(frozen=True)
+class Epochs:
+    """Which cells make up an epoch, in which order."""
+
+    plan: Plan
+    labels: np.ndarray | None  # codes of all cells, -1 = unlabelled
+    streams: Sequence[Stream]
+    n_samples_per_label: int | None
+    seed: int
+
+    def cells(self, cells: np.ndarray) -> list[np.ndarray]:
+        """Those of ``cells`` that belong to each stream."""
+        return [cells[self.labels[cells] >= 0] if stream.labelled_only else cells for stream in self.streams]
+
+    def rows(self, train: np.ndarray, epoch: int) -> np.ndarray:
+        """Positions of an epoch, (streams, steps, B)."""
+        shape = (self.plan.steps_per_epoch, self.plan.batch_size)
+        rows = []
+        for i, (stream, cells) in enumerate(zip(self.streams, self.cells(train), strict=True)):
+            if stream.labelled_only:
+                cells = some_of_each_label(cells, self.labels, self.n_samples_per_label, self.seed, epoch)
+            rows.append(epoch_order(cells, shape, self.seed, epoch, i))
+        return np.stack(rows)
+
+
 @dataclass
 class Progress:
     """Where a run stands between two steps: everything that is not a tensor of the module or the optimiser."""
 
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    sums: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))  # of the epoch under way
+    sums: list[float] = field(default_factory=list)  # of the epoch under way
     lr_factor: float = 1.0  # lowered by the guard
     events: list[NonFiniteEvent] = field(default_factory=list)
     excluded: list[int] = field(default_factory=list)  # cells without a finite loss
-    best_elbo: float = -np.inf
+    best_elbo: float = -np.inf  # of held-out cells; of a model without one, minus what their labels cost
     best_epoch: int = -1
     best_state: dict[str, np.ndarray] | None = None
     stop_reason: str = ""
@@ -66,6 +92,8 @@ def fit(
     validation: np.ndarray,
     seed: int,
     device: torch.device,
+    streams: Sequence[Stream] = (Stream("cells"),),
+    n_samples_per_label: int | None = None,
     precision: str = "float32",
     patience: int | None = None,
     resume: Mapping[str, np.ndarray] | None = None,
@@ -86,6 +114,10 @@ def fit(
         Of the order of the cells.
     device
         Where.
+    streams
+        The minibatches that the loss takes.
+    n_samples_per_label
+        Labelled cells of each label that a stream of labelled cells draws for an epoch; None takes all.
     precision
         ``"float32"`` or ``"bf16"``, see :func:`~scvi_ext.engine.device.arithmetic`.
     patience
@@ -104,19 +136,19 @@ def fit(
     """
     module.to(device).train()
     block = Block(store, device)
-    step = TrainingStep(module, block, plan, precision)
+    step = TrainingStep(module, block, plan, precision, streams)
+    epochs = Epochs(plan, store.labels, streams, n_samples_per_label, seed)
     progress = Progress()
     if resume is not None:
         progress = load_checkpoint(module, step.optimizer, device, resume)
         step.sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
     with arithmetic(device, precision):
-        rehearsed = np.resize(train, (plan.steps_per_epoch, plan.batch_size))
-        step.begin_epoch(rehearsed, _schedule(plan, 0, 1.0), 0)
+        step.begin_epoch(epochs.rows(train, 0), _schedule(plan, 0, 1.0), 0)
         run, how, seconds_per_step = make_runner(step)
         # A held-out cell costs about a third of a trained one: forward without backward.
         steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * plan.batch_size * plan.steps_per_epoch))
         announce(seconds_per_step * steps, ", ".join(filter(None, (how, block.note))))
-        _train(step, run, plan, progress, store, train, validation, seed, patience, show_progress)
+        _train(step, run, plan, epochs, progress, store, train, validation, patience, show_progress)
     progress.stop_reason = progress.stop_reason or "finished"
     progress.sums = step.sums.tolist()
     checkpoint = make_checkpoint(module, step.optimizer, device, progress)
@@ -130,11 +162,11 @@ def _train(
     step: TrainingStep,
     run: Callable[[int], int],
     plan: Plan,
+    epochs: Epochs,
     progress: Progress,
     store: CellStore,
     train: np.ndarray,
     validation: np.ndarray,
-    seed: int,
     patience: int | None,
     show_progress: bool | None,
 ) -> None:
@@ -146,8 +178,7 @@ def _train(
         while progress.step < plan.n_steps and not progress.stop_reason:
             start = progress.step
             epoch, first = divmod(start, plan.steps_per_epoch)
-            order = epoch_order(train, (plan.steps_per_epoch, plan.batch_size), seed, epoch)
-            step.begin_epoch(order, _schedule(plan, epoch, progress.lr_factor), first)
+            step.begin_epoch(epochs.rows(train, epoch), _schedule(plan, epoch, progress.lr_factor), first)
             snapshot, sums_before = Snapshot(module, step.optimizer), step.sums.clone()
             started = time.perf_counter()
             end = (epoch + 1) * plan.steps_per_epoch
@@ -163,7 +194,7 @@ def _train(
                 progress.stop_reason = "interrupted"
                 break
 
-            held_out = _evaluate(module, block, validation, seed, epoch)
+            held_out = _evaluate(step, epochs, validation, epoch)
             row = torch.cat([step.sums, held_out, _all_finite(module)]).tolist()  # the one host sync of the epoch
             seconds = time.perf_counter() - started
             if not np.isfinite(row).all() or not row[-1]:
@@ -175,7 +206,7 @@ def _train(
                 continue
             step.sums.zero_()
             rate = (end - start) * plan.batch_size / seconds
-            progress.history.append(_history_row(row, plan, progress, len(validation), rate))
+            progress.history.append(_history_row(row, step.parts, plan, progress, epochs.cells(validation), rate))
             bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
             if patience is not None and len(validation):
                 _remember_best(module, progress, epoch, patience)
@@ -191,17 +222,21 @@ def _schedule(plan: Plan, epoch: int, lr_factor: float) -> np.ndarray:
 
 
 @torch.no_grad()
-def _evaluate(module: nn.Module, block: Block, rows: np.ndarray, seed: int, epoch: int) -> torch.Tensor:
+def _evaluate(step: TrainingStep, epochs: Epochs, held_out: np.ndarray, epoch: int) -> torch.Tensor:
     """The same sums for held-out cells, in evaluation mode, with draws of their own: training does not notice."""
-    total = torch.zeros(len(PARTS), device=block.device, dtype=torch.float64)
-    if not len(rows):
+    module, block = step.module, step.block
+    total = torch.zeros_like(step.sums)
+    streams = epochs.cells(held_out)
+    if not len(streams[0]):
         return total
+    n_passes = -(-len(streams[0]) // _VALIDATION_CELLS)
+    passes = zip(*(np.array_split(cells, n_passes) for cells in streams), strict=True)
     module.eval()
-    positions = block.rows(rows)
     with torch.random.fork_rng(devices=[block.device] if block.device.type == "cuda" else []):
-        torch.manual_seed(hash((seed, epoch)) % 2**63)
-        for i in range(0, len(rows), _VALIDATION_CELLS):
-            total += sums_of_parts(module.loss(block.minibatch(positions[i : i + _VALIDATION_CELLS])))
+        torch.manual_seed(hash((epochs.seed, epoch)) % 2**63)
+        for rows in passes:
+            sums = sums_of_parts(module.loss(*(block.minibatch(r) if len(r) else None for r in rows)))
+            total[: len(sums)] += sums  # the last part is missing where no cell has a label
     module.train()
     return total
 
@@ -212,13 +247,19 @@ def _all_finite(module: nn.Module) -> torch.Tensor:
 
 
 def _history_row(
-    row: list[float], plan: Plan, progress: Progress, n_validation: int, cells_per_second: float
+    row: list[float],
+    parts: Sequence[str],
+    plan: Plan,
+    progress: Progress,
+    held_out: Sequence[np.ndarray],
+    cells_per_second: float,
 ) -> dict[str, float]:
-    last = progress.step - 1
+    last, n_parts = progress.step - 1, len(parts)
     n_train = plan.steps_per_epoch * plan.batch_size
-    history = _per_cell(row[: len(PARTS)], n_train, "train")
-    if n_validation:
-        history |= _per_cell(row[len(PARTS) : 2 * len(PARTS)], n_validation, "validation")
+    history = _means(row[:n_parts], parts, dict.fromkeys(parts, n_train), "train")
+    # The parts of an ELBO are of the cells of the first stream, what labels cost is of the last.
+    n_held_out = {part: len(held_out[-1 if part == CLASSIFICATION else 0]) for part in parts}
+    history |= _means(row[n_parts : 2 * n_parts], parts, n_held_out, "validation")
     return history | {
         "kl_weight": plan.kl_weight_at(last),
         "lr": plan.lr_at(last) * progress.lr_factor,
@@ -226,18 +267,23 @@ def _history_row(
     }
 
 
-def _per_cell(sums: list[float], n_cells: int, cells: str) -> dict[str, float]:
-    parts = {f"{part}_{cells}": value / n_cells for part, value in zip(PARTS, sums, strict=True)}
-    return {f"elbo_{cells}": -sum(sums) / n_cells} | parts
+def _means(sums: list[float], parts: Sequence[str], n_cells: Mapping[str, int], cells: str) -> dict[str, float]:
+    """Means per cell of the parts that have cells, and first of all the ELBO where there is one."""
+    means = {part: value / n_cells[part] for part, value in zip(parts, sums, strict=True) if n_cells[part]}
+    elbo = {"elbo": -sum(means[part] for part in ELBO)} if means.keys() >= set(ELBO) else {}
+    return {f"{name}_{cells}": value for name, value in (elbo | means).items()}
 
 
 def _postfix(row: dict[str, float]) -> dict[str, str]:
     shown = {name: f"{row[name]:.1f}" for name in ("elbo_train", "elbo_validation") if name in row}
+    cost = f"{CLASSIFICATION}_train"
+    shown |= {cost: f"{row[cost]:.3f}"} if cost in row else {}
     return shown | {"cells/s": f"{row['cells_per_second']:,.0f}"}
 
 
 def _remember_best(module: nn.Module, progress: Progress, epoch: int, patience: int) -> None:
-    elbo = progress.history[-1]["elbo_validation"]
+    row = progress.history[-1]
+    elbo = row["elbo_validation"] if "elbo_validation" in row else -row[f"{CLASSIFICATION}_validation"]
     if elbo > progress.best_elbo:
         progress.best_elbo, progress.best_epoch, progress.best_state = elbo, epoch, module_arrays(module)
     elif epoch - progress.best_epoch >= patience:

@@ -96,7 +96,7 @@ def _rehearsal(step: TrainingStep) -> Callable[[], None]:
     module = copy.deepcopy(step.module)
 
     def rehearse() -> None:
-        module.loss(step.block.minibatch(step.rows[0])).total.backward()
+        module.loss(*step.minibatches(step.rows[:, 0])).total.backward()
         if step.block.device.type == "cuda":
             torch.cuda.synchronize(step.block.device)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from scvi_ext.engine.checkpoint import load_module, module_arrays
+from scvi_ext.engine.step import per_cell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,5 +64,4 @@ def find_culprits(
 
 
 def _losses(module: nn.Module, block: Block, rows: np.ndarray) -> np.ndarray:
-    loss = module.loss(block.minibatch(block.rows(rows)))
-    return (loss.reconstruction + loss.kl_z + loss.kl_library).cpu().numpy()
+    return per_cell(module.loss(block.minibatch(block.rows(rows)))).cpu().numpy()

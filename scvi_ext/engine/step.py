@@ -10,16 +10,19 @@ from scvi_ext.engine.device import autocast
 from scvi_ext.kernels.adam import Adam
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import nn
 
-    from scvi_ext._contract import Loss
+    from scvi_ext._contract import Loss, Minibatch, Stream
     from scvi_ext.data.blocks import Block
     from scvi_ext.engine.plan import Plan
 
 # Epsilon of Adam in every release of scVI; with the usual 1e-8 the held-out ELBO of the one-cycle plan is worse.
 _ADAM_EPS = 0.01
-PARTS = ("reconstruction_loss", "kl_z", "kl_library")
+ELBO = ("reconstruction_loss", "kl_z", "kl_library")
+CLASSIFICATION = "classification_loss"
 
 
 class TrainingStep:
@@ -34,17 +37,21 @@ class TrainingStep:
         What to train, on which cells, how.
     precision
         ``"float32"`` or ``"bf16"``.
+    streams
+        The minibatches that the loss takes.
     """
 
-    def __init__(self, module: nn.Module, block: Block, plan: Plan, precision: str):
+    def __init__(self, module: nn.Module, block: Block, plan: Plan, precision: str, streams: Sequence[Stream]):
         device = block.device
         self.module, self.block, self.precision = module, block, precision
-        self.rows = torch.zeros((plan.steps_per_epoch, plan.batch_size), dtype=torch.int64, device=device)
+        self.parts = parts_of(streams)
+        shape = (len(streams), plan.steps_per_epoch, plan.batch_size)
+        self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
         self.schedule = torch.zeros((plan.steps_per_epoch, 2), device=device)  # learning rate, KL weight
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.tensor(plan.lr, device=device)
-        self.sums = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
-        self.parameters = list(module.parameters())
+        self.sums = torch.zeros(len(self.parts), dtype=torch.float64, device=device)
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         on_host = device.type == "cpu" and all(p.dtype == torch.float32 for p in self.parameters)
         adam = Adam if on_host else torch.optim.Adam
         self.optimizer = adam(
@@ -58,18 +65,18 @@ class TrainingStep:
         )
 
     def begin_epoch(self, rows: np.ndarray, schedule: np.ndarray, first: int) -> None:
-        """Lay out an epoch: positions (steps, B), learning rate and KL weight (steps, 2); ``first`` step to do."""
+        """Lay out an epoch: positions (streams, steps, B), learning rate and KL weight (steps, 2), ``first`` step."""
         self.rows.copy_(torch.from_numpy(rows))
         self.schedule.copy_(torch.from_numpy(schedule))
         self.cursor.fill_(first)
 
     def __call__(self) -> None:
         """Do the next step of the epoch."""
-        rows = self.rows.index_select(0, self.cursor).squeeze(0)
+        rows = self.rows.index_select(1, self.cursor).squeeze(1)
         lr, kl_weight = self.schedule.index_select(0, self.cursor).squeeze(0)
         self.lr.copy_(lr)
         with autocast(self.block.device, self.precision):
-            loss = self.module.loss(self.block.minibatch(rows), kl_weight=kl_weight)
+            loss = self.module.loss(*self.minibatches(rows), kl_weight=kl_weight)
         for parameter in self.parameters:
             parameter.grad = None
         loss.total.backward()
@@ -77,8 +84,25 @@ class TrainingStep:
         self.sums += sums_of_parts(loss)
         self.cursor += 1
 
+    def minibatches(self, rows: torch.Tensor) -> list[Minibatch]:
+        """One for each stream; ``rows`` are positions, (streams, B)."""
+        return [self.block.minibatch(of_stream) for of_stream in rows]
+
+
+def parts_of(streams: Sequence[Stream]) -> tuple[str, ...]:
+    """Names of the parts of the loss: of an ELBO where a stream has all cells, of labels where one has those with."""
+    labelled = [stream.labelled_only for stream in streams]
+    return (*(() if all(labelled) else ELBO), *((CLASSIFICATION,) if any(labelled) else ()))
+
+
+def per_cell(loss: Loss) -> torch.Tensor:
+    """The loss of each cell: its negative ELBO, or where there is none what its label costs, shape (B,)."""
+    if loss.reconstruction is None:
+        return loss.classification
+    return loss.reconstruction + loss.kl_z + loss.kl_library
+
 
 def sums_of_parts(loss: Loss) -> torch.Tensor:
-    """Sums over cells of the parts of the negative ELBO, shape (3,), float64, on the device."""
-    parts = torch.stack([loss.reconstruction.detach(), loss.kl_z.detach(), loss.kl_library.detach()])  # (3, B)
-    return parts.sum(1, dtype=torch.float64)
+    """Sums over cells of the parts that the loss has, float64, on the device."""
+    parts = (loss.reconstruction, loss.kl_z, loss.kl_library, loss.classification)
+    return torch.stack([part.detach().sum(dtype=torch.float64) for part in parts if part is not None])
