@@ -14,24 +14,14 @@ from anndata import AnnData
 from scvi_ext import results
 from scvi_ext._errors import ScviExtWarning, listing, missing_key, one_of, unknown_keyword
 from scvi_ext._keys import UNS
-from scvi_ext.data.audit import CountAudit, audit_counts
-from scvi_ext.data.matrix import counts_matrix
-from scvi_ext.data.registry import (
-    Registry,
-    check_complete,
-    codes,
-    column,
-    differing_slots,
-    read_root,
-    used_categories,
-)
+from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
+from scvi_ext.data.registry import Registry, codes, differing_slots, read_root
 from scvi_ext.data.store import check_in_memory, check_unique_genes, numeric_column, protein_matrix, size_factors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ELSEWHERE = {"protein_expression_obsm_key": "protein_obsm_key"}  # keywords of scvi-tools that have another name here
-_MAX_FLOAT_CATEGORIES = 100  # a column of floats with more values is a measurement, not a category
 _MIN_CELLS = 3
 
 
@@ -144,17 +134,16 @@ def setup_anndata(
         continuous_covariate_keys=continuous,
         protein_obsm_key=protein_obsm_key,
         protein_names=_protein_names(adata, protein_obsm_key, protein_names_uns_key),
-        batch_categories=_categories(obs, batch_key) if batch_key is not None else (),
+        batch_categories=complete_categories(obs, batch_key) if batch_key is not None else (),
         labels_categories=_labels(obs, labels_key, unlabeled_category),
-        covariate_categories=tuple(_categories(obs, key) for key in categorical),
+        covariate_categories=tuple(complete_categories(obs, key) for key in categorical),
     )
     for key in continuous:
         numeric_column(obs, key)
     if size_factor_key is not None:
         size_factors(obs, size_factor_key)
 
-    audits = _audits(adata, registry)
-    clean = _report(audits, check)
+    clean = report_audits(audit_registered(adata, registry), check)
     _warn_small_batches(obs, registry)
 
     adata = adata.copy() if copy else adata
@@ -205,27 +194,13 @@ def _check_roles(**roles: str | tuple[str, ...] | None) -> None:
             taken[key] = role
 
 
-def _categories(obs: pd.DataFrame, key: str, advice: str = "") -> tuple[str, ...]:
-    values = column(obs, key)
-    check_complete(obs, key, advice)
-    categories = used_categories(obs, key)
-    if pd.api.types.is_float_dtype(values.dtype) and len(categories) > _MAX_FLOAT_CATEGORIES:
-        msg = (
-            f"adata.obs[{key!r}] has dtype {values.dtype} and {len(categories)} different values: it looks continuous, "
-            "and categories are needed. Pass it in continuous_covariate_keys, or convert it to strings if each value "
-            "is a category."
-        )
-        raise ValueError(msg)
-    return categories
-
-
 def _labels(obs: pd.DataFrame, key: str | None, unlabeled: str | None) -> tuple[str, ...]:
     if key is None:
         if unlabeled is not None:
             msg = f"unlabeled_category={unlabeled!r} is given without labels_key; name the column it is found in."
             raise ValueError(msg)
         return ()
-    categories = _categories(obs, key, " and pass unlabeled_category='unknown'")
+    categories = complete_categories(obs, key, " and pass unlabeled_category='unknown'")
     if unlabeled is None:
         return categories
     one_of("unlabeled_category", str(unlabeled), categories)
@@ -263,34 +238,6 @@ def _protein_names(adata: AnnData, key: str | None, names_key: str | None) -> tu
         msg = f"The proteins in adata.obsm[{key!r}] have names more than once: {listing(repeated)}. Rename them."
         raise ValueError(msg)
     return names
-
-
-def _audits(adata: AnnData, registry: Registry) -> dict[str, CountAudit]:
-    """One audit per matrix of counts, under the name of its slot."""
-    batch = None
-    if registry.batch_key is not None:
-        batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)
-        batch = pd.Categorical.from_codes(batch_index, categories=registry.batch_categories)
-    slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
-    audits = {slot: audit_counts(counts_matrix(adata, registry.layer), adata.var_names, adata.obs_names, batch)}
-    if registry.protein_obsm_key is not None:
-        key = registry.protein_obsm_key
-        proteins = protein_matrix(adata, key)
-        audits[f"adata.obsm[{key!r}]"] = audit_counts(
-            proteins, registry.protein_names, adata.obs_names, batch, feature="protein"
-        )
-    return audits
-
-
-def _report(audits: dict[str, CountAudit], check: str) -> bool:
-    """Raise or warn about what is wrong, and say whether nothing is."""
-    problems = [f"{slot}: {problem}" for slot, audit in audits.items() for problem in audit.problems()]
-    if problems and check == "error":
-        raise ValueError("These are not raw counts.\n- " + "\n- ".join(problems))
-    remarks = [f"{slot}: {remark}" for slot, audit in audits.items() for remark in audit.remarks()]
-    for message in problems + remarks:
-        warnings.warn(message, ScviExtWarning, stacklevel=3)
-    return not problems
 
 
 def _warn_small_batches(obs: pd.DataFrame, registry: Registry) -> None:

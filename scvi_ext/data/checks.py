@@ -1,0 +1,64 @@
+"""What an AnnData must be before a model reads it: raw counts, and complete columns of categories."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from scvi_ext._errors import ScviExtWarning
+from scvi_ext.data.audit import CountAudit, audit_counts
+from scvi_ext.data.matrix import counts_matrix
+from scvi_ext.data.registry import check_complete, codes, column, used_categories
+from scvi_ext.data.store import protein_matrix
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_ext.data.registry import Registry
+
+_MAX_FLOAT_CATEGORIES = 100  # a column of floats with more values is a measurement, not a category
+
+
+def complete_categories(obs: pd.DataFrame, key: str, advice: str = "") -> tuple[str, ...]:
+    """The categories that occur in ``obs[key]``; a ValueError where values are missing or are measurements."""
+    values = column(obs, key)
+    check_complete(obs, key, advice)
+    categories = used_categories(obs, key)
+    if pd.api.types.is_float_dtype(values.dtype) and len(categories) > _MAX_FLOAT_CATEGORIES:
+        msg = (
+            f"adata.obs[{key!r}] has dtype {values.dtype} and {len(categories)} different values: it looks continuous, "
+            "and categories are needed. Pass it in continuous_covariate_keys, or convert it to strings if each value "
+            "is a category."
+        )
+        raise ValueError(msg)
+    return categories
+
+
+def audit_registered(adata: AnnData, registry: Registry) -> dict[str, CountAudit]:
+    """One audit per matrix of counts, under the name of its slot."""
+    batch = None
+    if registry.batch_key is not None:
+        batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)
+        batch = pd.Categorical.from_codes(batch_index, categories=registry.batch_categories)
+    slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
+    audits = {slot: audit_counts(counts_matrix(adata, registry.layer), adata.var_names, adata.obs_names, batch)}
+    if registry.protein_obsm_key is not None:
+        key = registry.protein_obsm_key
+        proteins = protein_matrix(adata, key)
+        audits[f"adata.obsm[{key!r}]"] = audit_counts(
+            proteins, registry.protein_names, adata.obs_names, batch, feature="protein"
+        )
+    return audits
+
+
+def report_audits(audits: dict[str, CountAudit], check: str, *, remarks: bool = True) -> bool:
+    """Raise or warn about what is wrong, and say whether nothing is; ``remarks``: also warn of what is of no use."""
+    problems = [f"{slot}: {problem}" for slot, audit in audits.items() for problem in audit.problems()]
+    if problems and check == "error":
+        raise ValueError("These are not raw counts.\n- " + "\n- ".join(problems))
+    remarked = [f"{slot}: {remark}" for slot, audit in audits.items() for remark in audit.remarks()] if remarks else []
+    for message in problems + remarked:
+        warnings.warn(message, ScviExtWarning, stacklevel=3)
+    return not problems
