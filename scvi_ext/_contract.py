@@ -47,7 +47,7 @@ class Expression(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What is minimised, and its parts per cell: those of the negative ELBO, and what labels add. None: there is none."""
+    """What is minimised, and per cell the parts of the negative ELBO and what labels add; None where there is none."""
 
     total: Tensor  # () what the optimiser minimises, at the current KL weight
     reconstruction: Tensor | None  # (B,) -log p(x | z)

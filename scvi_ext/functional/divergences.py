@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergences and log-densities of diagonal normal distributions, summed over the last axis."""
+"""Kullback-Leibler divergences and log-densities of diagonal normal and of categorical distributions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def kl_standard_normal(q: Posterior) -> Tensor:
     """KL(q || N(0, I)) = 1/2 sum of (s^2 + m^2 - log s^2 - 1), shape (B,) (Kingma and Welling 2014, appendix B)."""
     var = q.scale**2
     return 0.5 * (var + q.loc**2 - torch.log(var) - 1).sum(-1)
+
+
+def kl_categorical(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) = sum of q (log q - log p) over the categories of the last axis, shape (B,)."""
+    return (torch.exp(log_q) * (log_q - log_p)).sum(-1)
 
 
 def log_density(value: Tensor, p: Posterior) -> Tensor:

@@ -246,7 +246,7 @@ class CountVAE(nn.Module, ABC):
 
     def scale(self, z: Tensor, cells: Minibatch) -> Tensor:
         """The normalised profile alone, what :meth:`decode` calls ``scale``: (B, G) or (S, B, G)."""
-        return self.decoder.scale(self.covariates.append(z, cells), *self.covariates.codes(cells))
+        return self.decoder.scale(*self._decoder_input(z, self.with_labels(cells)))
 
     def log_likelihood(self, x: Tensor | SparseRows, px: Expression) -> Tensor:
         """log p(x | z, l) of each cell: the sum over genes, shape (B,) or (S, B)."""
@@ -267,10 +267,16 @@ class CountVAE(nn.Module, ABC):
 
     def _heads(self, z: Tensor, cells: Minibatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the decoder says before any activation, log theta taken from where it is: (B, G) or (G,) each."""
-        logits, log_theta, dropout_logits = self.decoder.heads(
-            self.covariates.append(z, cells), *self.covariates.codes(cells)
-        )
+        cells = self.with_labels(cells)
+        logits, log_theta, dropout_logits = self.decoder.heads(*self._decoder_input(z, cells))
         return logits, log_theta if self.dispersion is None else self.dispersion(cells), dropout_logits
+
+    def _decoder_input(self, z: Tensor, cells: Minibatch) -> tuple[Tensor, ...]:
+        return (self.covariates.append(z, cells), *self.covariates.codes(cells))
+
+    def with_labels(self, cells: Minibatch) -> Minibatch:
+        """The cells as they are; a model that infers labels fills in those that are missing, if it decodes by them."""
+        return cells
 
     @property
     def encoders(self) -> nn.ModuleList:
@@ -295,7 +301,7 @@ class CountVAE(nn.Module, ABC):
         ``noise`` are standard normal draws of shape (B, n_noise); without them torch's generator is asked.
         """
         qz, ql = posteriors
-        noise_z, noise_l = (None, None) if noise is None else (noise[:, :-1], noise[:, -1:])
+        noise_z, noise_l = (None, None) if noise is None else (noise[:, : self.n_latent], noise[:, -1:])
         z = sample_normal(qz, noise_z)
         return z, self.library.point(cells) if ql is None else sample_normal(ql, noise_l)
 
@@ -323,7 +329,8 @@ class CountVAE(nn.Module, ABC):
         x = cells.x.log1p() if self.log_variational else cells.x
         if not self.encode_covariates:
             return (x,)
-        return (self.covariates.append(x.to_dense(), cells), *self.covariates.codes(cells))
+        dense = x.to_dense() if self.covariates.n_dense else x
+        return (self.covariates.append(dense, cells), *self.covariates.codes(cells))
 
     # ---- the seed's vocabulary (scVI 0.5.0): tensors in, tensors out -----------------------------------------------
 

@@ -46,9 +46,8 @@ class Encoder(nn.Module):
         **layer_options: bool,
     ):
         super().__init__()
-        self.encoder = FCLayers(n_input, n_hidden, n_cat_list, n_layers, n_hidden, dropout_rate, **layer_options)
-        first = self.encoder.layers[0].linear  # kept gene by gene, for products with sparse rows
-        first.weight = nn.Parameter(first.weight.detach().t().contiguous().t())
+        layers = FCLayers(n_input, n_hidden, n_cat_list, n_layers, n_hidden, dropout_rate, **layer_options)
+        self.encoder = layers.for_sparse_rows()
         self.mean_encoder = nn.Linear(n_hidden, n_output)
         self.var_encoder = nn.Linear(n_hidden, n_output)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from scvi_ext.functional.tensors import one_hot
 from scvi_ext.kernels.sparse import SparseRows
@@ -49,10 +50,14 @@ class FCLayer(nn.Module):
             rest.append(nn.Dropout(dropout_rate))
         self.rest = nn.Sequential(*rest)
 
-    def forward(self, x: Tensor | SparseRows, instance_id: int = 0) -> Tensor:
-        """Map (..., n_in) to (..., n_out)."""
-        linear = self.linear
-        h = x.linear(linear.weight, linear.bias) if isinstance(x, SparseRows) else linear(x)
+    def forward(self, x: Tensor | SparseRows, covariates: Tensor | None = None, instance_id: int = 0) -> Tensor:
+        """Map (..., n_in) to (..., n_out); ``covariates`` (..., n) belong to the last columns of the weights."""
+        weight, bias = self.linear.weight, self.linear.bias
+        n_cov = 0 if covariates is None else covariates.shape[-1]
+        own = weight[:, : weight.shape[1] - n_cov] if n_cov else weight
+        h = x.linear(own, bias) if isinstance(x, SparseRows) else linear(x, own, bias)
+        if n_cov:
+            h = h + linear(covariates, weight[:, -n_cov:])
         if self.batch_norm:
             h = self.batch_norm[instance_id](h.flatten(0, -2)).view_as(h)
         return self.rest(h)
@@ -126,23 +131,30 @@ class FCLayers(nn.Module):
                 layer.linear.weight[:, layer.linear.in_features - n_cov :] *= covariate_gain
 
     def forward(self, x: Tensor | SparseRows, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
-        """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n).
+        """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n), (S, B, n).
 
-        Sparse rows are taken where there are no covariates to append to them.
+        The product with ``x`` is made once for all S, where only the covariates differ between them.
         """
         covariates = self._one_hots(cat_list)
-        if covariates and x.dim() == 3:
-            covariates = [c.expand(x.shape[0], -1, -1) for c in covariates]
         for i, layer in enumerate(self.layers):
-            if covariates and (i == 0 or self.inject_covariates):
-                x = torch.cat([x, *covariates], dim=-1)
-            x = layer(x, instance_id)
+            x = layer(x, covariates if i == 0 or self.inject_covariates else None, instance_id)
         return x
 
-    def _one_hots(self, cat_list: Sequence[Tensor]) -> list[Tensor]:
+    def for_sparse_rows(self) -> FCLayers:
+        """The same layers, the weights of the first laid out gene by gene, as products with sparse rows read them."""
+        first = self.layers[0].linear
+        first.weight = nn.Parameter(first.weight.detach().t().contiguous().t())
+        return self
+
+    def _one_hots(self, cat_list: Sequence[Tensor]) -> Tensor | None:
+        """All covariates side by side, (B, n) or (S, B, n); None where there are none."""
         if len(cat_list) != len(self.n_cat_list):
             msg = f"{len(cat_list)} categorical covariates given, {len(self.n_cat_list)} expected."
             raise ValueError(msg)
         kept = [(c, n) for c, n in zip(cat_list, self.n_cat_list, strict=True) if n > 1]
+        if not kept:
+            return None
         dtype = self.layers[0].linear.weight.dtype
-        return [(c if c.dim() == 2 and c.shape[1] == n else one_hot(c, n)).to(dtype) for c, n in kept]
+        columns = [(c if c.shape[-1] == n and c.dim() > 1 else one_hot(c, n)).to(dtype) for c, n in kept]
+        lead = max((c.shape[:-1] for c in columns), key=len)
+        return torch.cat([c.expand(*lead, -1) for c in columns], dim=-1)

@@ -15,7 +15,7 @@ N_CELLS = 24
 SUMMARY = DataSummary(
     n_input=13,
     n_batch=3,
-    n_labels=2,
+    n_labels=4,
     n_cats_per_cov=(2, 3),
     n_continuous_cov=2,
     library_log_means=(2.0, 2.5, 3.0),
@@ -25,7 +25,15 @@ BARE = DataSummary(n_input=7, n_batch=1, n_labels=1, library_log_means=(2.0,), l
 SMALL = {"n_hidden": 8, "n_latent": 3}
 
 # Values for the options whose type does not list them. An option that is missing here fails the test of its effect.
-VALUES = {"n_hidden": (8, 5), "n_latent": (3, 2), "n_layers": (1, 2), "dropout_rate": (0.1, 0.0)}
+VALUES = {
+    "n_hidden": (8, 5),
+    "n_latent": (3, 2),
+    "n_layers": (1, 2),
+    "dropout_rate": (0.1, 0.0),
+    "classification_ratio": (50.0, 1.0),
+    "y_prior": (None, (0.4, 0.3, 0.2, 0.1)),
+    "labels_groups": (None, ("a", "b", "a", "b")),
+}
 
 # What an option needs beside it to have an effect.
 BESIDE = {"deeply_inject_covariates": {"n_layers": 2, "encode_covariates": True}}
@@ -56,6 +64,11 @@ def make_cells(summary: DataSummary = SUMMARY, n_cells: int = N_CELLS, seed: int
         if summary.n_continuous_cov
         else None,
     )
+
+
+def streams(name: str, cells: Minibatch) -> list[Minibatch]:
+    """The same cells for every stream that the loss of a model takes."""
+    return [cells for _ in models.get(name).streams]
 
 
 def take(cells: Minibatch, rows: Any) -> Minibatch:

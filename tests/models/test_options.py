@@ -11,6 +11,7 @@ from _tolerances import FLOAT64
 from torch.testing import assert_close
 
 from scvi_ext import models
+from scvi_ext._contract import Capability
 
 MODELS = pytest.mark.parametrize("name", models.names())
 BAD_VALUES = [
@@ -63,12 +64,17 @@ NO_EFFECT = [
 ]
 
 
-def fingerprint(module: torch.nn.Module) -> tuple:
-    """Names and shapes of the parameters and the loss of a training step: the same only if an option did nothing."""
+def fingerprint(name: str, module: torch.nn.Module) -> tuple:
+    """Shapes of the parameters, and loss and gradient of a training step: the same only if an option did nothing."""
     cells = make_cells()
+    if Capability.LABELS in models.get(name).capabilities:  # which some of the cells may lack
+        cells = cells._replace(labels=cells.labels.masked_fill(torch.arange(N_CELLS) % 2 == 0, -1))
+    labelled = make_cells(seed=1)
     torch.manual_seed(1)
-    loss = module.loss(cells).total.item()
-    return tuple((key, tuple(value.shape)) for key, value in module.state_dict().items()), loss
+    loss = module.loss(*[cells, labelled][: len(models.get(name).streams)]).total
+    loss.backward()
+    steepness = sum(p.grad.abs().sum().item() for p in module.parameters() if p.grad is not None)
+    return tuple((key, tuple(value.shape)) for key, value in module.state_dict().items()), loss.item(), steepness
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,7 @@ def fingerprint(module: torch.nn.Module) -> tuple:
 def test_every_value_has_an_effect(name, option):
     tried = values(name)[option]
     assert len(tried) > 1
-    found = {fingerprint(build(name, **BESIDE.get(option, {}) | {option: value})) for value in tried}
+    found = {fingerprint(name, build(name, **BESIDE.get(option, {}) | {option: value})) for value in tried}
     assert len(found) == len(tried)
 
 
@@ -105,8 +111,10 @@ def test_options_without_effect(name, summary, options, message):
 
 
 @MODELS
-def test_gene_label_needs_labels(name):
+def test_labels_are_needed_where_they_are_read(name):
     message = "dispersion='gene-label' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
+    if Capability.LABELS in models.get(name).capabilities:
+        message = message.replace("dispersion='gene-label'", f"Model {name!r}")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         models.get(name).module(5, n_labels=0, dispersion="gene-label")
 
@@ -120,6 +128,7 @@ def test_nothing_to_inject_deeply(name, representation):
         models.get(name).module(
             5,
             n_batch,
+            n_labels=1,
             n_layers=2,
             n_continuous_cov=1,
             encode_covariates=True,
@@ -141,7 +150,7 @@ def test_layer_norm_would_make_ldvae_nonlinear(where):
 
 @MODELS
 def test_latent_library_needs_its_prior(name):
-    cells, module = make_cells(BARE), models.get(name).module(BARE.n_input, library="latent").double()
+    cells, module = make_cells(BARE), models.get(name).module(BARE.n_input, n_labels=1, library="latent").double()
     with pytest.raises(ValueError, match="A latent library needs a prior: build the module with library_log_means and"):
         module.loss(cells)
 
