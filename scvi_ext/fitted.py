@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvi_ext import models
+from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, needs_capability, no_cells, one_of
 from scvi_ext._keys import UNS, FitKeys, valid_key
 from scvi_ext.data.corruption import corruption_layers
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
-    from scvi_ext._contract import Capability, Minibatch, ModelSpec, SavedFit
+    from scvi_ext._contract import Minibatch, ModelSpec, SavedFit
 
 ALWAYS_READ = frozenset({"categorical", "continuous"})  # columns that enter every model if registered
 
@@ -52,16 +53,18 @@ class Fitted:
     def open(cls, adata: AnnData, key: str | None, indices: object = None, *, decodes: bool = True) -> Fitted:
         """Read a fit and the cells at ``indices`` from ``adata``; ``decodes``: the cells will be decoded."""
         fit, spec, registry, module = load_module(adata, key)
+        infers_labels = Capability.LABELS in spec.capabilities
         store = CellStore.from_adata(
             adata,
             registry,
             var_names=fit.var_names,
             indices=indices,
             columns=spec.needs(spec.config(**fit.config)) | ALWAYS_READ,
+            labels_optional=infers_labels,
         )
         if store.n_cells == 0:
             raise no_cells()
-        if decodes and store.labels is not None and (store.labels < 0).any():
+        if decodes and not infers_labels and store.labels is not None and (store.labels < 0).any():
             msg = (
                 f"{(store.labels < 0).sum()} of {store.n_cells} cells have no label, and fit {fit.key!r} decodes with "
                 "dispersion='gene-label': leave them out with indices, or label them."

@@ -76,8 +76,14 @@ def remove_corruption(adata: AnnData, name: str) -> None:
 
 
 def _without_none(values: Mapping) -> dict:
-    """Older versions of the file formats have no None: what is absent is left out."""
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+    """Older versions of the file formats have no None: what is absent is left out. Nor do they have tuples."""
+
+    def storable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _without_none(value)
+        return np.array(value) if isinstance(value, tuple) else value
+
+    return {k: storable(v) for k, v in values.items() if v is not None}
 
 
 def write_obs(adata: AnnData, name: str, values: np.ndarray, rows: np.ndarray | None = None) -> None:

@@ -266,3 +266,12 @@ def codes(obs: pd.DataFrame, key: str, categories: Sequence[str], unlabeled: str
         )
         raise ValueError(msg)
     return result
+
+
+def known_codes(obs: pd.DataFrame, key: str, categories: Sequence[str]) -> np.ndarray:
+    """The same where a category need not be known: -1 where it is not, is missing, or where there is no such column."""
+    if key not in obs:
+        return np.full(len(obs), -1, dtype=np.int64)
+    values, names = _factorized(column(obs, key))
+    known = {name: code for code, name in enumerate(categories)}
+    return np.array([*(known.get(name, -1) for name in names), -1], dtype=np.int64)[values]

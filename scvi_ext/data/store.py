@@ -12,7 +12,7 @@ import pandas as pd
 from scvi_ext._errors import listing, missing_key
 from scvi_ext.data.audit import LARGEST_EXACT
 from scvi_ext.data.matrix import counts_matrix, read_all, read_rows, row_chunks
-from scvi_ext.data.registry import codes, column
+from scvi_ext.data.registry import codes, column, known_codes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -208,6 +208,7 @@ class CellStore:
         var_names: Sequence[str] | None = None,
         indices: Any = None,
         columns: frozenset[str] = frozenset(),
+        labels_optional: bool = False,
     ) -> CellStore:
         """Read the registered columns.
 
@@ -224,13 +225,16 @@ class CellStore:
         columns
             Which of ``labels``, ``size_factor``, ``categorical``, ``continuous`` and ``protein`` to read. The others,
             and those that are not registered, are None.
+        labels_optional
+            Whether a label that is missing or not among the registered ones, or a missing column of labels, counts as
+            no label.
         """
         rows = resolve_indices(adata, indices)
         genes = _gene_order(adata, var_names)
         names = adata.var_names if var_names is None else pd.Index(var_names)
         obs = adata.obs if rows is None else adata.obs.iloc[rows]
         readers = {
-            "labels": (registry.labels_key, lambda key: _labels(obs, registry)),
+            "labels": (registry.labels_key, lambda key: _labels(obs, registry, optional=labels_optional)),
             "size_factor": (registry.size_factor_key, lambda key: size_factors(obs, key)),
             "categorical": (registry.categorical_covariate_keys, lambda keys: _categorical(obs, registry)),
             "continuous": (
@@ -325,7 +329,9 @@ def _check_still_counts(counts: sp.csr_matrix, registry: Registry, cells: pd.Ind
         raise ValueError(msg)
 
 
-def _labels(obs: pd.DataFrame, registry: Registry) -> np.ndarray:
+def _labels(obs: pd.DataFrame, registry: Registry, *, optional: bool) -> np.ndarray:
+    if optional:
+        return known_codes(obs, registry.labels_key, registry.labels_categories)
     return codes(obs, registry.labels_key, registry.labels_categories, registry.unlabeled_category)
 
 

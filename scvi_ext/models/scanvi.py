@@ -200,20 +200,16 @@ class SCANVI(CountVAE):
 
     def given_labels(self, z1: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log p(z1 | z2, y) at a sample of q(z2 | z1, y), and KL(q(z2 | z1, y) || p(z2)), for every y: (B, C) each."""
-        qz2, _, pz1, z1s = self._enumerated(z1, noise)
-        return self._by_cell(log_density(z1s, pz1)), self._by_cell(kl_standard_normal(qz2))
+        qz2, _, pz1 = self._enumerated(z1, noise)
+        return log_density(z1, pz1).t(), kl_standard_normal(qz2).t()
 
-    def _enumerated(self, z1: Tensor, noise: Tensor | None) -> tuple[Posterior, Tensor, Posterior, Tensor]:
-        """q(z2 | z1, y), a sample of it, p(z1 | z2, y) and z1, label by label: (C * B, L) each."""
-        y = torch.arange(self.n_labels, device=z1.device).repeat_interleave(len(z1))
-        z1s = z1.repeat(self.n_labels, 1)
-        qz2 = self.encoder_z2_z1.posterior(z1s, y)
-        z2 = sample_normal(qz2, None if noise is None else self._noise_z2(noise).repeat(self.n_labels, 1))
-        loc, var = self.decoder_z1_z2(z2, y)
-        return qz2, z2, Posterior(loc, torch.sqrt(var)), z1s
-
-    def _by_cell(self, values: Tensor) -> Tensor:
-        return values.view(self.n_labels, -1).t()
+    def _enumerated(self, z1: Tensor, noise: Tensor | None) -> tuple[Posterior, Tensor, Posterior]:
+        """q(z2 | z1, y), a sample of it and p(z1 | z2, y) for every y: (C, B, L) each."""
+        every = torch.eye(self.n_labels, device=z1.device).unsqueeze(1)  # (C, 1, C)
+        qz2 = self.encoder_z2_z1.posterior(z1, every)
+        z2 = sample_normal(qz2, None if noise is None else self._noise_z2(noise))
+        loc, var = self.decoder_z1_z2(z2, every)
+        return qz2, z2, Posterior(loc, torch.sqrt(var))
 
     def _noise_z2(self, noise: Tensor) -> Tensor:
         return noise[:, self.n_latent : 2 * self.n_latent]
@@ -272,9 +268,9 @@ class SCANVI(CountVAE):
         """
         qz1, ql = posteriors
         z1, log_library = self.draw(cells, posteriors, noise)
-        qz2, z2, pz1, z1s = self._enumerated(z1, noise)
+        qz2, z2, pz1 = self._enumerated(z1, noise)
         prior = Posterior(torch.zeros_like(qz2.loc), torch.ones_like(qz2.scale))
-        log_weight = self._by_cell(log_density(z1s, pz1) + log_density(z2, prior) - log_density(z2, qz2))  # (B, C)
+        log_weight = (log_density(z1, pz1) + log_density(z2, prior) - log_density(z2, qz2)).t()  # (B, C)
         if self.decodes_labels:
             log_weight = log_weight + self._log_px_by_label(z1, cells, log_library)
         else:

@@ -25,7 +25,6 @@ from torch import nn
 from scvi_ext._contract import Capability, Loss, ModelSpec, Posterior, Stream
 from scvi_ext.functional.divergences import kl_categorical, kl_standard_normal
 from scvi_ext.functional.labels import cross_entropy, fill_in, label_weights, log_prior
-from scvi_ext.functional.tensors import one_hot
 from scvi_ext.models.base import CountConfig, CountVAE, needs
 from scvi_ext.nn.classifier import Classifier
 from scvi_ext.nn.decoders import DecoderSCVI
@@ -194,8 +193,9 @@ class VAEC(CountVAE):
         return (*super()._decoder_input(z, cells), *self._label_codes(cells))
 
     def _label_codes(self, cells: Minibatch) -> tuple[Tensor]:
-        labels = cells.labels
-        return (one_hot(labels, self.n_labels).view(*labels.shape, self.n_labels),)
+        if cells.labels.dim() == 1:
+            return (cells.labels,)
+        return (torch.eye(self.n_labels, device=cells.labels.device).unsqueeze(1),)  # (C, 1, C): every label
 
     @property
     def encoders(self) -> nn.ModuleList:

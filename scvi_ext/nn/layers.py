@@ -131,7 +131,7 @@ class FCLayers(nn.Module):
                 layer.linear.weight[:, layer.linear.in_features - n_cov :] *= covariate_gain
 
     def forward(self, x: Tensor | SparseRows, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
-        """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n), (S, B, n).
+        """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n), (S, 1, n).
 
         The product with ``x`` is made once for all S, where only the covariates differ between them.
         """
@@ -147,7 +147,7 @@ class FCLayers(nn.Module):
         return self
 
     def _one_hots(self, cat_list: Sequence[Tensor]) -> Tensor | None:
-        """All covariates side by side, (B, n) or (S, B, n); None where there are none."""
+        """All covariates side by side, (B, n), (S, 1, n) or (S, B, n); None where there are none."""
         if len(cat_list) != len(self.n_cat_list):
             msg = f"{len(cat_list)} categorical covariates given, {len(self.n_cat_list)} expected."
             raise ValueError(msg)
@@ -156,5 +156,5 @@ class FCLayers(nn.Module):
             return None
         dtype = self.layers[0].linear.weight.dtype
         columns = [(c if c.shape[-1] == n and c.dim() > 1 else one_hot(c, n)).to(dtype) for c, n in kept]
-        lead = max((c.shape[:-1] for c in columns), key=len)
+        lead = torch.broadcast_shapes(*(c.shape[:-1] for c in columns))
         return torch.cat([c.expand(*lead, -1) for c in columns], dim=-1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -11,18 +12,27 @@ import pandas as pd
 from scanpy import logging as logg
 
 from scvi_ext import models, results
-from scvi_ext._contract import SavedFit
+from scvi_ext._contract import Capability, SavedFit
 from scvi_ext._errors import ScviExtWarning, listing, number, unknown_keyword, whole_number
 from scvi_ext._keys import UNS, valid_key
-from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit, read_root, read_setup
+from scvi_ext.data.registry import (
+    Registry,
+    check_fit_matches_setup,
+    differing_slots,
+    read_fit,
+    read_root,
+    read_setup,
+)
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import CellStore
 from scvi_ext.engine import fit as engine
-from scvi_ext.engine.checkpoint import module_arrays
+from scvi_ext.engine.checkpoint import load_module, module_arrays
 from scvi_ext.engine.device import check_precision, resolve_device, resolve_seed, seeded
+from scvi_ext.engine.map_cells import map_cells
 from scvi_ext.engine.plan import Plan, make_plan
 from scvi_ext.fitted import ALWAYS_READ
 from scvi_ext.functional import fused
+from scvi_ext.functional.calibration import fit_temperature
 
 if TYPE_CHECKING:
     from typing import Any, Literal
@@ -56,11 +66,13 @@ def fit(
     model: str = "scvi",
     *,
     key_added: str | None = None,
+    init_from: str | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
     train_size: float = 0.9,
     validation_size: float | None = None,
     early_stopping: bool | int = False,
+    n_samples_per_label: int | None = None,
     lr: float | None = None,
     plan: Literal["auto", "scvi-tools"] = "auto",
     kl_warmup: float | None = None,
@@ -89,6 +101,9 @@ def fit(
         Name of a model, see :func:`scvi_ext.models.show`.
     key_added
         Name of the fit, from which the slots of its read-outs are named; the name of the model by default.
+    init_from
+        Name of a fit to start from, of a model that is part of this one: a ``"scvi"`` fit for ``"scanvi"``. Its options
+        and weights are taken over, and the plan is shorter. Labels may have been registered since.
     max_epochs
         Passes over the training cells; None takes the plan's.
     batch_size
@@ -98,6 +113,9 @@ def fit(
     early_stopping
         Stop when the held-out ELBO has not improved for some epochs (a number, or True for the plan's) and restore the
         best state. By default the plan is carried out to its end.
+    n_samples_per_label
+        Of a model that learns labels: labelled cells of each label that an epoch draws, so that frequent ones do not
+        drown the rare; None takes all.
     lr
         Learning rate (of ``plan="auto"``: its peak).
     plan
@@ -125,7 +143,8 @@ def fit(
     copy
         Return a copy instead of changing ``adata``.
     **model_params
-        Options of the model, see :func:`scvi_ext.models.show`.
+        Options of the model, see :func:`scvi_ext.models.show`. Those with a value for each label (``y_prior``,
+        ``labels_groups``) are given as a mapping from labels, or in the order of ``get.setup(adata)``.
 
     Returns
     -------
@@ -182,6 +201,8 @@ def fit(
                 "weight_decay": weight_decay,
             },
             split={"train_size": train_size, "validation_size": validation_size},
+            init_from=init_from,
+            n_samples_per_label=n_samples_per_label,
             early_stopping=early_stopping,
             seed=resolve_seed(seed),
             checkpoint=checkpoint,
@@ -189,7 +210,7 @@ def fit(
         )
         resumed_from = None
 
-    run = fitted.run
+    run, spec = fitted.run, models.get(fitted.model)
     train, validation = split_cells(store.n_cells, run["train_size"], run.get("validation_size"), run["seed"])
     with seeded(run["seed"] + 1, target):  # initial weights took run["seed"]
         start = logg.info(
@@ -203,6 +224,8 @@ def fit(
             validation=validation,
             seed=run["seed"],
             device=target,
+            streams=spec.streams,
+            n_samples_per_label=run.get("n_samples_per_label"),
             precision=run.get("precision", "float32"),
             patience=run.get("patience"),
             resume=resumed_from,
@@ -217,7 +240,7 @@ def fit(
         fitted,
         state=module_arrays(module),
         history=_history(done),
-        status=_status(done, plan_, store, target, run["seed"]),
+        status=_status(done, plan_, store, target, run["seed"]) | _calibration(done, spec, module, store, validation),
         checkpoint=state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
     )
     results.write_fit(adata, fitted)
@@ -233,7 +256,8 @@ def fit(
 
 
 _RUN_ARGUMENTS = {
-    *("max_epochs", "batch_size", "train_size", "validation_size", "early_stopping"),
+    *("init_from", "max_epochs", "batch_size", "train_size", "validation_size", "early_stopping"),
+    "n_samples_per_label",
     *("lr", "plan", "kl_warmup", "weight_decay", "precision", "seed"),
 }
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
@@ -247,6 +271,8 @@ def _prepare(
     key_added: str | None,
     plan: dict,
     split: dict,
+    init_from: str | None,
+    n_samples_per_label: int | None,
     early_stopping: bool | int,
     seed: int,
     checkpoint: bool,
@@ -255,27 +281,34 @@ def _prepare(
     """Check everything, read the cells, and build the module and the plan of a new fit. Writes nothing."""
     spec = models.get(model)
     registry = read_setup(adata)
-    config = _config(spec, registry, model_params)
+    start = None if init_from is None else _start(adata, init_from, registry)
+    config = _config(spec, registry, model_params, start)
     key = valid_key(spec.name if key_added is None else key_added)
     needed = spec.needs(config)
     _check_needs(registry, needed, spec.name)
     train, validation = split_cells(adata.n_obs, **split, seed=seed)
-    plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), peak_lr=spec.peak_lr, effort=spec.effort, **plan)
-    patience = _patience(early_stopping, plan_, len(validation))
     # By name, so that genes that share one are refused here and not when the fit is used.
-    store = CellStore.from_adata(adata, registry, var_names=adata.var_names, columns=needed | ALWAYS_READ)
-    if "labels" in needed and (store.labels < 0).any():
-        msg = (
-            f"{(store.labels < 0).sum()} of {store.n_cells} cells have no label, and dispersion='gene-label' needs one "
-            "for every cell: leave these cells out, or take another dispersion."
-        )
-        raise ValueError(msg)
+    genes = adata.var_names if start is None else start.var_names
+    store = CellStore.from_adata(adata, registry, var_names=genes, columns=needed | ALWAYS_READ)
+    _check_labels(spec, store, needed, train, n_samples_per_label)
+    plan_ = make_plan(
+        n_cells=adata.n_obs,
+        n_train=len(train),
+        peak_lr=spec.peak_lr,
+        effort=spec.effort,
+        **plan,
+    )
+    patience = _patience(early_stopping, plan_, len(validation))
     with seeded(seed, resolve_device("cpu")):
         module = models.build(spec, config, store.summary(registry))
+    if start is not None:
+        _take_over(module, start, spec)
     run = {
         "plan": asdict(plan_),
         **split,
         "seed": seed,
+        "init_from": init_from,
+        "n_samples_per_label": n_samples_per_label,
         "patience": patience,
         "checkpoint": checkpoint,
         "precision": precision,
@@ -286,7 +319,7 @@ def _prepare(
         config=asdict(config),
         run=run,
         setup=registry.to_uns(),
-        var_names=adata.var_names.to_numpy(dtype=object),
+        var_names=np.asarray(genes, dtype=object),
         state={},
         history=pd.DataFrame(),
         status={},
@@ -327,18 +360,118 @@ def _reopen(
     return fitted, module, store, Plan(**fitted.run["plan"]), dict(fitted.checkpoint)
 
 
-def _config(spec: ModelSpec, registry: Registry, model_params: dict) -> Any:
+def _config(spec: ModelSpec, registry: Registry, model_params: dict, start: SavedFit | None) -> Any:
     valid = {f.name for f in fields(spec.config)}
     for name in model_params:
         if name not in valid:
             own = [n for n in _DEFAULTS if n not in ("adata", "model", "model_params")]
             raise unknown_keyword(f"tl.fit(model={spec.name!r})", name, [*own, *valid], _RENAMED.get(name))
-    if registry.size_factor_key is not None and "library" in valid:
+    if start is not None:
+        model_params = _options_of(start, valid) | model_params
+        changed = [name for name in start.config.keys() & valid if model_params[name] != start.config[name]]
+        if changed:
+            found = ", ".join(f"{name}={start.config[name]!r}" for name in sorted(changed))
+            msg = f"init_from={start.key!r} takes over the options of that fit, {found}: leave these out."
+            raise ValueError(msg)
+    elif registry.size_factor_key is not None and "library" in valid:
         model_params = {"library": "size_factor"} | model_params
     for field in fields(spec.config):
-        if field.name in model_params:
-            _check_type(field.name, model_params[field.name], field.default)
+        value = model_params.get(field.name)
+        if value is None and field.default is None:
+            continue
+        if field.default is None:
+            model_params[field.name] = _by_label(field.name, value, registry)
+        elif field.name in model_params:
+            _check_type(field.name, value, field.default)
     return spec.config(**model_params)
+
+
+def _options_of(start: SavedFit, valid: set[str]) -> dict:
+    return {name: value for name, value in start.config.items() if name in valid}
+
+
+def _by_label(name: str, value: Any, registry: Registry) -> tuple:
+    """An option with a value for each label, in the order of the labels."""
+    labels = registry.labels_categories
+    if isinstance(value, Mapping):
+        value = {str(label): of_label for label, of_label in value.items()}
+        absent, unknown = sorted(set(labels) - value.keys()), sorted(value.keys() - set(labels))
+        if absent or unknown:
+            msg = f"{name} must name every label once: {listing(absent)} missing, {listing(unknown)} unknown."
+            raise ValueError(msg)
+        return tuple(value[label] for label in labels)
+    if isinstance(value, str) or not np.iterable(value):
+        msg = f"{name}={value!r} is a {type(value).__name__}; a mapping from labels to values is needed."
+        raise TypeError(msg)
+    return tuple(value)
+
+
+def _start(adata: AnnData, init_from: str, registry: Registry) -> SavedFit:
+    """The fit to start from, if it was trained on what is registered now; labels may have come since."""
+    start = read_fit(adata, init_from)
+    trained = Registry.from_uns(start.setup)
+    unlike = [name for name in differing_slots(trained, registry) if name not in ("labels_key", "unlabeled_category")]
+    for name in (*unlike, "batch_categories", "covariate_categories"):
+        if getattr(trained, name) != getattr(registry, name):
+            msg = (
+                f"init_from={init_from!r}: that fit was trained with {name}={getattr(trained, name)!r}, and "
+                f"{getattr(registry, name)!r} is registered now. Set up as before, but for the labels."
+            )
+            raise ValueError(msg)
+    return start
+
+
+def _take_over(module: nn.Module, start: SavedFit, spec: ModelSpec) -> None:
+    """Copy the weights of a fit into a module of which its model is a part."""
+    state = module.state_dict()
+    if any(name not in state or state[name].shape != array.shape for name, array in start.state.items()):
+        msg = (
+            f"init_from={start.key!r}: the model {start.model!r} of that fit, with its labels, is no part of "
+            f"{spec.name!r}, so its weights cannot be taken over. Fit without init_from."
+        )
+        raise ValueError(msg)
+    load_module(module, module_arrays(module) | dict(start.state))
+
+
+def _check_labels(
+    spec: ModelSpec, store: CellStore, needed: frozenset[str], train: np.ndarray, n_samples_per_label: int | None
+) -> None:
+    learned = any(stream.labelled_only for stream in spec.streams)
+    if n_samples_per_label is not None:
+        whole_number("n_samples_per_label", n_samples_per_label, 1)
+        if not learned:
+            msg = f"n_samples_per_label has no effect: the model {spec.name!r} does not learn labels."
+            raise ValueError(msg)
+    if "labels" not in needed:
+        return
+    unlabelled = store.labels < 0
+    if unlabelled.any() and not learned:
+        msg = (
+            f"{unlabelled.sum()} of {store.n_cells} cells have no label, and dispersion='gene-label' needs one "
+            "for every cell: leave these cells out, or take another dispersion."
+        )
+        raise ValueError(msg)
+    if learned and unlabelled[train].all():
+        msg = (
+            f"None of the {len(train)} training cells has a label ({(~unlabelled).sum()} of all {store.n_cells} have "
+            f"one), and model {spec.name!r} learns from them: label more cells, or take a larger train_size."
+        )
+        raise ValueError(msg)
+
+
+def _calibration(
+    done: Progress, spec: ModelSpec, module: nn.Module, store: CellStore, held_out: np.ndarray
+) -> dict[str, Any]:
+    """The temperature of the classifier, fitted to held-out cells with a label (1 where there is none)."""
+    if Capability.LABELS not in spec.capabilities:
+        return {}
+    cells = np.setdiff1d(held_out[store.labels[held_out] >= 0], done.excluded)
+    labelled = store.take(cells)
+    device = next(module.parameters()).device
+    parts = map_cells(lambda cells, draws: (module.encode_label(cells),), module, labelled, device=device)
+    log_qy = [log_qy for _, (log_qy,) in parts]
+    temperature = fit_temperature(np.concatenate(log_qy), labelled.labels) if log_qy else 1.0
+    return {"temperature": temperature, "n_calibration": len(cells)}
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
