@@ -92,6 +92,17 @@ def write_obs(adata: AnnData, name: str, values: np.ndarray, rows: np.ndarray | 
     adata.obs[name] = _spread(values, adata.n_obs, rows)
 
 
+def write_obs_categories(
+    adata: AnnData, name: str, codes: np.ndarray, categories: Sequence[str], rows: np.ndarray | None = None
+) -> None:
+    """``obs[name]``, categorical; cells other than ``rows`` have none."""
+    _own(adata)
+    spread = codes if rows is None else np.full(adata.n_obs, -1)
+    if rows is not None:
+        spread[rows] = codes
+    adata.obs[name] = pd.Categorical.from_codes(spread, categories)
+
+
 def write_var(adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray) -> None:
     """``var[name]`` of the genes at ``columns``; others are NaN."""
     _own(adata)

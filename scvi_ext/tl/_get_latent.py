@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
-from scvi_ext._errors import whole_number
-from scvi_ext.fitted import Fitted
+from scvi_ext._contract import Capability
+from scvi_ext._errors import one_of, whole_number
+from scvi_ext.fitted import Fitted, require
 from scvi_ext.functional.sampling import sample_normal
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def get_latent(
     adata: AnnData,
     *,
     key: str | None = None,
+    latent: Literal["z", "z2"] = "z",
     give_mean: bool = True,
     mc_samples: int = 5000,
     return_dist: bool = False,
@@ -42,6 +44,9 @@ def get_latent(
         Annotated data that holds the fit.
     key
         Which fit; the last one by default.
+    latent
+        ``"z"``: what counts are decoded from. ``"z2"``: of scANVI, what the label leaves unexplained of it, given the
+        label of a cell, or the most probable one.
     give_mean
         The mean of q(z | x). False: one posterior sample.
     mc_samples
@@ -66,6 +71,8 @@ def get_latent(
 
     ``adata.obsm["X_<key>"]``
         float32, cells x n_latent.
+    ``adata.obsm["X_<key>_z2"]``
+        The same, in its place; with ``latent="z2"``.
     ``adata.obsm["X_<key>_var"]``
         float32, cells x n_latent; with ``return_dist`` only.
 
@@ -74,7 +81,7 @@ def get_latent(
     KeyError
         No such fit, or genes of the fit are missing.
     ValueError
-        ``give_mean=False`` together with ``return_dist=True``.
+        ``give_mean=False`` together with ``return_dist=True``, or the model has no ``latent="z2"``.
 
     Examples
     --------
@@ -92,25 +99,31 @@ def get_latent(
     whole_number("mc_samples", mc_samples, 1)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices, decodes=False)
-    slot = fitted.slot("obsm", fitted.keys.latent, key_added)
+    one_of("latent", latent, ("z", "z2"))
+    second = latent == "z2"
+    if second:
+        require(Capability.Z2, fitted.fit, "tl.get_latent(latent='z2')")
+    slot = fitted.slot("obsm", fitted.keys.z2 if second else fitted.keys.latent, key_added)
     module = fitted.module
-    logistic = module.latent_distribution == "ln"
+    logistic = module.latent_distribution == "ln" and not second
     n_draws = mc_samples if logistic and give_mean and not return_dist else 1
 
     def represent(cells: Minibatch, draws: Draws) -> tuple[np.ndarray, ...]:
-        qz = module.encode(cells)
+        qz = module.encode_z2(cells) if second else module.encode(cells)
         if return_dist:
             return qz.loc, qz.scale**2
         if not give_mean:
-            noise = draws.normal(len(qz.loc), module.n_latent)
-            return (module.transform_z(sample_normal(qz, noise)),)
+            z = sample_normal(qz, draws.normal(len(qz.loc), module.n_latent))
+            return (module.transform_z(z) if logistic else z,)
+        if second:
+            return (qz.loc,)
         noise = draws.normal(len(qz.loc), mc_samples, module.n_latent) if logistic else None
         return (module.mean_z(qz, noise),)
 
     start = logg.info(f"computing the latent representation of fit {fitted.fit.key!r}")
     floats = n_draws * module.n_latent
     parts = [values for _, values in fitted.map(represent, batch_size=batch_size, seed=seed, floats_per_cell=floats)]
-    names = [slot, fitted.keys.latent_var if key_added is None else f"{key_added}_var"]
+    names = [slot, f"{slot}_var"]
     written = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     for name, values in zip(names, written, strict=False):
         results.write_obsm(adata, name, values, fitted.rows)
