@@ -15,6 +15,7 @@ class UnsKeys:
     fits: str = "fits"
     last_fit: str = "last_fit"
     corruptions: str = "corruptions"
+    alignment: str = "alignment"
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class FitKeys:
         return f"X_{self.key}"  # obsm, so that sc.pl.embedding(basis=key) finds it
 
     @property
-    def latent_var(self) -> str:
-        return f"X_{self.key}_var"  # obsm
+    def z2(self) -> str:
+        return f"X_{self.key}_z2"  # obsm
 
     @property
     def normalized(self) -> str:
@@ -95,9 +96,34 @@ class FitKeys:
     def correlation(self) -> str:
         return f"{self.key}_correlation"  # varp
 
+    @property
+    def drift(self) -> str:
+        return f"{self.key}_drift"  # obs
+
+    @property
+    def drift_share(self) -> str:
+        return f"{self.key}_drift_share"  # obs
+
+    @property
+    def prediction(self) -> str:
+        return f"{self.key}_prediction"  # obs
+
+    @property
+    def confidence(self) -> str:
+        return f"{self.key}_confidence"  # obs
+
+    @property
+    def probabilities(self) -> str:
+        return f"{self.key}_probabilities"  # obsm, a table with one column for each label
+
 
 UNS = UnsKeys()
+IN_QUERY = "in_query"  # var: whether a gene was measured in a query, or zeros stand in for it
 METRICS = "scvi_ext_metrics"  # uns: a table of several representations, so of no single fit
+ABSTAINED = (
+    "Unknown"  # obs: the prediction where confidence is too low, if no category of unlabelled cells is registered
+)
+ANNOTATION = "scvi_ext_annotation"  # uns: a table of several classifiers
 FORMAT = 1  # of uns["scvi_ext"]; raised when a reader of this version could misread it
 
 

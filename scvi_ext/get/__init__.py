@@ -1,5 +1,8 @@
 """Read what is inside an AnnData."""
 
+from scvi_ext.get._annotation_df import annotation_df
+from scvi_ext.get._classification_df import classification_df
+from scvi_ext.get._confusion_df import confusion_df
 from scvi_ext.get._de_df import de_df
 from scvi_ext.get._fits import fits
 from scvi_ext.get._history import history
@@ -11,6 +14,9 @@ from scvi_ext.get._posterior_predictive import posterior_predictive
 from scvi_ext.get._setup import setup
 
 __all__ = [
+    "annotation_df",
+    "classification_df",
+    "confusion_df",
     "de_df",
     "fits",
     "history",

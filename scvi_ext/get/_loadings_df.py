@@ -42,6 +42,6 @@ def loadings_df(adata: AnnData, key: str | None = None) -> pd.DataFrame:
     (765, 10)
     """
     fit, _, _, module = load_module(adata, key)
-    require(Capability.LOADINGS, fit, "get.loadings_df")
+    require(Capability.LOADINGS, fit)
     loadings = module.get_loadings().numpy()
     return pd.DataFrame(loadings, index=fit.var_names, columns=[f"Z_{i}" for i in range(loadings.shape[1])])

@@ -1,5 +1,6 @@
 """How good a representation is: numbers that need no model. The same as functions of arrays: ``metrics.arrays``."""
 
+from scvi_ext.metrics._annotation_baselines import annotation_baselines
 from scvi_ext.metrics._clustering_scores import clustering_scores
 from scvi_ext.metrics._entropy_batch_mixing import entropy_batch_mixing
 from scvi_ext.metrics._entropy_from_indices import entropy_from_indices
@@ -9,6 +10,7 @@ from scvi_ext.metrics._nn_overlap import nn_overlap
 from scvi_ext.metrics._table import table
 
 __all__ = [
+    "annotation_baselines",
     "clustering_scores",
     "entropy_batch_mixing",
     "entropy_from_indices",

@@ -1,5 +1,6 @@
 """Pictures."""
 
+from scvi_ext.pl._confusion import confusion
 from scvi_ext.pl._history import history
 from scvi_ext.pl._imputation import imputation
 from scvi_ext.pl._loadings import loadings
@@ -7,4 +8,4 @@ from scvi_ext.pl._metrics import metrics
 from scvi_ext.pl._posterior_predictive import posterior_predictive
 from scvi_ext.pl._volcano import volcano
 
-__all__ = ["history", "imputation", "loadings", "metrics", "posterior_predictive", "volcano"]
+__all__ = ["confusion", "history", "imputation", "loadings", "metrics", "posterior_predictive", "volcano"]
