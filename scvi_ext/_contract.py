@@ -59,6 +59,7 @@ class Loss(NamedTuple):
 class Capability(StrEnum):
     """What some models can do and others cannot. The value is the name of the method that does it."""
 
+    COUNTS = "decode"
     LOADINGS = "get_loadings"
     LABELS = "encode_label"
     Z2 = "encode_z2"
@@ -115,3 +116,4 @@ class SavedFit:
     history: pd.DataFrame  # one row per epoch
     status: Mapping[str, Any]  # how the run went
     checkpoint: Mapping[str, np.ndarray] | None = None  # optimiser and random state, to go on exactly
+    frozen: Mapping[str, Any] | None = None  # model and config of a fitted model inside it, whose weights stay

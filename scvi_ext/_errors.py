@@ -62,9 +62,12 @@ def unknown_keyword(function: str, name: str, valid: Iterable[str], renamed: str
     return TypeError(f"{function} has no keyword {name!r}.{_hint(name, valid)} Valid ones: {', '.join(valid)}.")
 
 
-def needs_capability(function: str, model: str, able: Iterable[str]) -> ValueError:
-    """A ValueError for a read-out that the fitted model does not have."""
-    return ValueError(f"{function} is not possible with a {model!r} fit; models that have it: {listing(sorted(able))}.")
+def needs_capability(method: str, model: str, able: Iterable[str]) -> ValueError:
+    """A ValueError for a read-out that the fitted model does not have; ``method`` of the module would do it."""
+    return ValueError(
+        f"This is not possible with a {model!r} fit, which has no {str(method)!r}; models that have it: "
+        f"{listing(sorted(able))}. Name another fit: key=..."
+    )
 
 
 def whole_number(name: str, value: object, least: int) -> int:

@@ -18,7 +18,7 @@ from scvi_ext.engine.device import resolve_device, resolve_seed
 from scvi_ext.engine.map_cells import Draws, map_cells
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from anndata import AnnData
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from scvi_ext._contract import Minibatch, ModelSpec, SavedFit
 
 ALWAYS_READ = frozenset({"categorical", "continuous"})  # columns that enter every model if registered
+
+
+def columns_read(model: str, config: Mapping, frozen: Mapping | None) -> frozenset[str]:
+    """The optional columns of cells that a fit reads, and the fitted model inside it if there is one."""
+    spec = models.get(model)
+    columns = spec.needs(spec.config(**config)) | ALWAYS_READ
+    return columns if frozen is None else columns | columns_read(**frozen, frozen=None)
 
 
 def load_module(adata: AnnData, key: str | None = None) -> tuple[SavedFit, ModelSpec, Registry, nn.Module]:
@@ -50,16 +57,28 @@ class Fitted:
     corruption_layers: frozenset[str]  # of adata, corrupted and original
 
     @classmethod
-    def open(cls, adata: AnnData, key: str | None, indices: object = None, *, decodes: bool = True) -> Fitted:
-        """Read a fit and the cells at ``indices`` from ``adata``; ``decodes``: the cells will be decoded."""
+    def open(
+        cls,
+        adata: AnnData,
+        key: str | None,
+        indices: object = None,
+        *,
+        decodes: bool = True,
+        capability: Capability = Capability.COUNTS,
+    ) -> Fitted:
+        """Read a fit and the cells at ``indices`` from ``adata``.
+
+        ``decodes``: the cells will be decoded. ``capability``: what the model must be able to do.
+        """
         fit, spec, registry, module = load_module(adata, key)
+        require(capability, fit)
         infers_labels = Capability.LABELS in spec.capabilities
         store = CellStore.from_adata(
             adata,
             registry,
             var_names=fit.var_names,
             indices=indices,
-            columns=spec.needs(spec.config(**fit.config)) | ALWAYS_READ,
+            columns=columns_read(fit.model, fit.config, fit.frozen),
             labels_optional=infers_labels,
         )
         if store.n_cells == 0:
@@ -175,11 +194,11 @@ class Fitted:
         return np.array([known[gene] for gene in gene_list])
 
 
-def require(capability: Capability, fit: SavedFit, function: str) -> None:
+def require(capability: Capability, fit: SavedFit) -> None:
     """Raise a ValueError if the fitted model lacks a capability."""
     able = [name for name in models.names() if capability in models.get(name).capabilities]
     if fit.model not in able:
-        raise needs_capability(function, fit.model, able)
+        raise needs_capability(capability, fit.model, able)
 
 
 def in_batch(cells: Minibatch, batch: int | None) -> Minibatch:

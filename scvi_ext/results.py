@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_ext._keys import FORMAT, UNS
+from scvi_ext._keys import FORMAT, IN_QUERY, UNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -50,6 +50,8 @@ def write_fit(adata: AnnData, fit: SavedFit) -> None:
         "history": fit.history.copy(),
         "status": _without_none(fit.status),
     }
+    if fit.frozen is not None:
+        saved["frozen"] = _without_none(fit.frozen)
     if fit.checkpoint is not None:
         saved["checkpoint"] = dict(fit.checkpoint)
     root = _root(adata)
@@ -73,6 +75,12 @@ def remove_corruption(adata: AnnData, name: str) -> None:
         del root[UNS.corruptions]
     if set(root) == {UNS.format}:
         del adata.uns[UNS.root]
+
+
+def write_alignment(adata: AnnData, report: Mapping, in_query: np.ndarray) -> None:
+    """``uns["scvi_ext"]["alignment"]``, and which genes were measured: ``var["in_query"]``."""
+    _root(adata)[UNS.alignment] = dict(report)
+    adata.var[IN_QUERY] = in_query
 
 
 def _without_none(values: Mapping) -> dict:

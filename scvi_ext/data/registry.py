@@ -156,6 +156,7 @@ def read_fit(adata: AnnData, key: str | None = None) -> SavedFit:
         history=saved["history"],
         status=_plain(saved.get("status", {})),
         checkpoint=None if checkpoint is None else {name: np.asarray(value) for name, value in checkpoint.items()},
+        frozen=_plain(saved["frozen"]) if "frozen" in saved else None,
     )
 
 

@@ -260,11 +260,15 @@ def _history_row(
     # The parts of an ELBO are of the cells of the first stream, what labels cost is of the last.
     n_held_out = {part: len(held_out[-1 if part == CLASSIFICATION else 0]) for part in parts}
     history |= _means(row[n_parts : 2 * n_parts], parts, n_held_out, "validation")
-    return history | {
-        "kl_weight": plan.kl_weight_at(last),
-        "lr": plan.lr_at(last) * progress.lr_factor,
-        "cells_per_second": cells_per_second,
-    }
+    kl_weight = {"kl_weight": plan.kl_weight_at(last)} if parts[0] in ELBO else {}
+    return (
+        history
+        | kl_weight
+        | {
+            "lr": plan.lr_at(last) * progress.lr_factor,
+            "cells_per_second": cells_per_second,
+        }
+    )
 
 
 def _means(sums: list[float], parts: Sequence[str], n_cells: Mapping[str, int], cells: str) -> dict[str, float]:

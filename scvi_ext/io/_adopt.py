@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from scanpy import logging as logg
 
 from scvi_ext import models, results
+from scvi_ext._contract import Capability
 from scvi_ext._errors import listing
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.matrix import counts_matrix
@@ -33,7 +34,8 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
         raise ValueError(msg)
     check_fit_matches_setup(fit, adata)
     _check_genes(fit, adata)
-    _check_slots(registry, adata)
+    infers_labels = Capability.LABELS in models.get(fit.model).capabilities
+    _check_slots(replace(registry, labels_key=None) if infers_labels else registry, adata)
     slots = f"\n    {fit.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])"
     if UNS.setup not in read_root(adata):
         results.write_setup(adata, fit.setup)
@@ -55,7 +57,7 @@ def _check_state(fit: SavedFit, registry: Registry) -> None:
         raise ValueError(msg)
     summary = registry.sizes(len(fit.var_names))
     with torch.device("meta"):  # shapes only: no memory, and no draw from the global generator
-        module = models.build(spec, spec.config(**fit.config), summary)
+        module = models.build(spec, spec.config(**fit.config), summary, fit.frozen)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: array.shape for name, array in fit.state.items()}
     problems = {

@@ -46,6 +46,7 @@ def to_folder(fit: SavedFit) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         },
         "text": {name: array.tolist() for name, array in text.items()},
         "has_checkpoint": fit.checkpoint is not None,
+        "frozen": None if fit.frozen is None else dict(fit.frozen),
     }
     return {name: array for name, array in named.items() if name not in text}, encode(document)
 
@@ -73,6 +74,7 @@ def from_folder(arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -
         history=pd.DataFrame(columns, index=epochs),
         status=decode(document["status"]),
         checkpoint=checkpoint if document["has_checkpoint"] else None,
+        frozen=decode(document.get("frozen")),
     )
 
 

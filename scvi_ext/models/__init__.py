@@ -26,17 +26,21 @@ from scvi_ext.functional.evidence import (
 )
 from scvi_ext.functional.sampling import reparameterize_gaussian
 from scvi_ext.functional.tensors import broadcast_labels, enumerate_discrete, iterate, logsumexp, one_hot
+from scvi_ext.nn.classifier import Classifier
 from scvi_ext.nn.decoders import Decoder, DecoderSCVI, LinearDecoderSCVI
 from scvi_ext.nn.encoders import Encoder
 from scvi_ext.nn.layers import FCLayers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
     from torch import nn
 
     from scvi_ext._contract import DataSummary, ModelSpec, SavedFit
 
 __all__ = [
+    "Classifier",
     "Decoder",
     "DecoderSCVI",
     "Encoder",
@@ -90,16 +94,20 @@ def show() -> pd.DataFrame:
     )
 
 
-def build(spec: ModelSpec, config: object, summary: DataSummary) -> nn.Module:
-    """A fresh module for data of these sizes."""
-    return spec.module(**asdict(summary), **asdict(config))
+def build(spec: ModelSpec, config: object, summary: DataSummary, frozen: Mapping | None = None) -> nn.Module:
+    """A fresh module for data of these sizes, around one that is ``frozen`` where a fit has such a part."""
+    inside = {}
+    if frozen is not None:
+        part = get(frozen["model"])
+        inside["frozen"] = build(part, part.config(**frozen["config"]), summary)
+    return spec.module(**asdict(summary), **asdict(config), **inside)
 
 
 def restore(fit: SavedFit, summary: DataSummary) -> nn.Module:
     """The fitted module, in evaluation mode, on the host."""
     spec = get(fit.model)
     with torch.device("meta"):  # no random initial weights, which would draw from the global generator
-        module = build(spec, spec.config(**fit.config), summary)
+        module = build(spec, spec.config(**fit.config), summary, fit.frozen)
     state = {name: torch.from_numpy(np.array(array)) for name, array in fit.state.items()}
     module.load_state_dict(state, assign=True)
     return module.eval()

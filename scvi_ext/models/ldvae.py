@@ -138,7 +138,7 @@ SPEC = ModelSpec(
     module=LDVAE,
     config=Config,
     needs=needs,
-    capabilities=frozenset({Capability.LOADINGS}),
+    capabilities=frozenset({Capability.COUNTS, Capability.LOADINGS}),
     reference="Svensson et al. (2020), Interpretable factor models of single-cell RNA-seq via variational "
     "autoencoders, Bioinformatics.",
     # The baseline of a gene is one number here, where scVI has its 128 hidden units to move it: there is further to go.

@@ -321,7 +321,7 @@ SPEC = ModelSpec(
     config=Config,
     needs=lambda config: needs(config) | {"labels"},
     streams=(Stream("cells"), Stream("labelled", labelled_only=True)),
-    capabilities=frozenset({Capability.LABELS, Capability.Z2}),
+    capabilities=frozenset({Capability.COUNTS, Capability.LABELS, Capability.Z2}),
     reference="Xu et al. (2021), Probabilistic harmonization and annotation of single-cell transcriptomics data with "
     "deep generative models, Molecular Systems Biology.",
 )

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scvi_ext._contract import Loss, ModelSpec
+from scvi_ext._contract import Capability, Loss, ModelSpec
 from scvi_ext.functional.divergences import kl_standard_normal
 from scvi_ext.models.base import CountConfig, CountVAE, needs
 from scvi_ext.nn.decoders import DecoderSCVI
@@ -111,5 +111,6 @@ SPEC = ModelSpec(
     module=VAE,
     config=Config,
     needs=needs,
+    capabilities=frozenset({Capability.COUNTS}),
     reference="Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics, Nature Methods.",
 )

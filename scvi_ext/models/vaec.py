@@ -231,6 +231,6 @@ SPEC = ModelSpec(
     config=Config,
     needs=lambda config: needs(config) | {"labels"},
     streams=(Stream("cells"), Stream("labelled", labelled_only=True)),
-    capabilities=frozenset({Capability.LABELS}),
+    capabilities=frozenset({Capability.COUNTS, Capability.LABELS}),
     reference="Kingma et al. (2014), Semi-supervised learning with deep generative models, NeurIPS.",
 )

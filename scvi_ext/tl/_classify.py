@@ -9,7 +9,7 @@ from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import number
 from scvi_ext._keys import FitKeys, valid_key
-from scvi_ext.fitted import Fitted, require
+from scvi_ext.fitted import Fitted
 from scvi_ext.functional.calibration import tempered
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def classify(
         msg = f"min_confidence={min_confidence!r} is a probability: it must be from 0 to 1."
         raise ValueError(msg)
     adata = adata.copy() if copy else adata
-    fitted = Fitted.open(adata, key, indices, decodes=False)
-    require(Capability.LABELS, fitted.fit, "tl.classify")
+    fitted = Fitted.open(adata, key, indices, decodes=False, capability=Capability.LABELS)
     keys = fitted.keys if key_added is None else FitKeys(valid_key(key_added))
     prediction, confidence = (fitted.slot("obs", name, None) for name in (keys.prediction, keys.confidence))
     probabilities = fitted.slot("obsm", keys.probabilities, None)

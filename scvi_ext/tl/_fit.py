@@ -30,7 +30,7 @@ from scvi_ext.engine.checkpoint import load_module, module_arrays
 from scvi_ext.engine.device import check_precision, resolve_device, resolve_seed, seeded
 from scvi_ext.engine.map_cells import map_cells
 from scvi_ext.engine.plan import Plan, make_plan
-from scvi_ext.fitted import ALWAYS_READ
+from scvi_ext.fitted import columns_read, require
 from scvi_ext.functional import fused
 from scvi_ext.functional.calibration import fit_temperature
 
@@ -230,7 +230,7 @@ def fit(
             patience=run.get("patience"),
             resume=resumed_from,
             show_progress=progress,
-            announce=lambda seconds, how: _log_plan(plan_, seconds, target, module, how),
+            announce=lambda seconds, how: _log_plan(plan_, seconds, target, spec, module, how),
         )
 
     interrupted = done.stop_reason == "interrupted"
@@ -282,15 +282,21 @@ def _prepare(
     spec = models.get(model)
     registry = read_setup(adata)
     start = None if init_from is None else _start(adata, init_from, registry)
-    config = _config(spec, registry, model_params, start)
+    encloses = start is not None and Capability.COUNTS not in spec.capabilities  # the fit becomes a part, as it is
+    config = _config(spec, registry, model_params, None if encloses else start)
+    frozen = {"model": start.model, "config": start.config} if encloses else None
     key = valid_key(spec.name if key_added is None else key_added)
-    needed = spec.needs(config)
+    if encloses:
+        require(Capability.COUNTS, start)
+    needed = columns_read(spec.name, asdict(config), frozen)
     _check_needs(registry, needed, spec.name)
     train, validation = split_cells(adata.n_obs, **split, seed=seed)
     # By name, so that genes that share one are refused here and not when the fit is used.
     genes = adata.var_names if start is None else start.var_names
-    store = CellStore.from_adata(adata, registry, var_names=genes, columns=needed | ALWAYS_READ)
+    store = CellStore.from_adata(adata, registry, var_names=genes, columns=needed)
     _check_labels(spec, store, needed, train, n_samples_per_label)
+    if all(stream.labelled_only for stream in spec.streams):
+        train = train[store.labels[train] >= 0]
     plan_ = make_plan(
         n_cells=adata.n_obs,
         n_train=len(train),
@@ -300,9 +306,9 @@ def _prepare(
     )
     patience = _patience(early_stopping, plan_, len(validation))
     with seeded(seed, resolve_device("cpu")):
-        module = models.build(spec, config, store.summary(registry))
+        module = models.build(spec, config, store.summary(registry), frozen)
     if start is not None:
-        _take_over(module, start, spec)
+        _take_over(module.frozen if encloses else module, start, spec)
     run = {
         "plan": asdict(plan_),
         **split,
@@ -323,6 +329,7 @@ def _prepare(
         state={},
         history=pd.DataFrame(),
         status={},
+        frozen=frozen,
     )
     return fitted, module, store, plan_
 
@@ -348,7 +355,8 @@ def _reopen(
     registry = Registry.from_uns(fitted.setup)
     spec = models.get(fitted.model)
     config = spec.config(**fitted.config)
-    store = CellStore.from_adata(adata, registry, var_names=fitted.var_names, columns=spec.needs(config) | ALWAYS_READ)
+    columns = columns_read(fitted.model, fitted.config, fitted.frozen)
+    store = CellStore.from_adata(adata, registry, var_names=fitted.var_names, columns=columns)
     if store.fingerprint() != fitted.status["data"]:
         msg = (
             f"Fit {fitted.key!r} was trained on other data: cells, counts or covariates of adata have changed since. "
@@ -356,7 +364,7 @@ def _reopen(
         )
         raise ValueError(msg)
     with seeded(0, resolve_device("cpu")):  # a module draws initial weights, even if it is given others
-        module = models.build(spec, config, store.summary(registry))
+        module = models.build(spec, config, store.summary(registry), fitted.frozen)
     return fitted, module, store, Plan(**fitted.run["plan"]), dict(fitted.checkpoint)
 
 
@@ -489,7 +497,7 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 
 def _check_needs(registry: Registry, needed: frozenset[str], model: str) -> None:
     keys = {"labels": "labels_key", "size_factor": "size_factor_key", "protein": "protein_obsm_key"}
-    for column in sorted(needed):
+    for column in sorted(needed & keys.keys()):
         if getattr(registry, keys[column]) is None:
             msg = (
                 f"Model {model!r} with these options needs {keys[column]}, which is not registered: call "
@@ -510,15 +518,21 @@ def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int 
     return plan.patience if early_stopping is True else int(early_stopping)
 
 
-def _log_plan(plan: Plan, seconds: float, device: torch.device, module: nn.Module, how: str) -> None:
-    kernel = fused.choose(module.reconstruction_loss, device.type, next(module.parameters()).dtype)[1]
+def _log_plan(
+    plan: Plan, seconds: float, device: torch.device, spec: ModelSpec, module: nn.Module, how: str
+) -> None:
+    generates = Capability.COUNTS in spec.capabilities
+    if generates:
+        kernel = fused.choose(module.reconstruction_loss, device.type, next(module.parameters()).dtype)[1]
+        how = ", ".join(filter(None, (kernel, how)))
     schedule = f"one cycle with peak {plan.lr:g}" if plan.one_cycle else f"constant {plan.lr:g}"
+    kl_weight = f", final KL weight {plan.final_kl_weight:.3g}" if generates else ""
     logg.info(
         f"    plan {plan.name!r}: {plan.n_epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} cells, "
-        f"learning rate {schedule}, final KL weight {plan.final_kl_weight:.3g}\n"
-        f"    about {_duration(seconds)} on {device}, {kernel}{f', {how}' if how else ''}"
+        f"learning rate {schedule}{kl_weight}\n"
+        f"    about {_duration(seconds)} on {device}{f', {how}' if how else ''}"
     )
-    if plan.final_kl_weight < 1:
+    if generates and plan.final_kl_weight < 1:
         warnings.warn(
             f"The KL weight ends at {plan.final_kl_weight:.3g}, not 1, so the prior of z is not fully enforced. "
             "Use plan='auto', or give kl_warmup.",

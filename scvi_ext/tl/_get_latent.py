@@ -102,7 +102,7 @@ def get_latent(
     one_of("latent", latent, ("z", "z2"))
     second = latent == "z2"
     if second:
-        require(Capability.Z2, fitted.fit, "tl.get_latent(latent='z2')")
+        require(Capability.Z2, fitted.fit)
     slot = fitted.slot("obsm", fitted.keys.z2 if second else fitted.keys.latent, key_added)
     module = fitted.module
     logistic = module.latent_distribution == "ln" and not second

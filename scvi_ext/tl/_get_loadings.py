@@ -60,7 +60,7 @@ def get_loadings(
     """
     adata = adata.copy() if copy else adata
     fit, _, _, module = load_module(adata, key)
-    require(Capability.LOADINGS, fit, "tl.get_loadings")
+    require(Capability.LOADINGS, fit)
     slot = FitKeys(fit.key).loadings if key_added is None else valid_key(key_added)
     columns = adata.var_names.get_indexer(fit.var_names)
     present = columns >= 0
