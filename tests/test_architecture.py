@@ -36,7 +36,10 @@ MAY_IMPORT = {
     "engine": F0 | {"kernels", "data"},
     "results": F0,  # writes into an AnnData
     "fitted": BELOW_F5,  # reads a fit out of an AnnData
+    "reference": F0 | {"data", "io"},  # a fit, whatever it is handed over as
     **{room: BELOW_F5 | {"results", "fitted"} for room in F6 - {"pl"}},
+    "pp": BELOW_F5 | {"results", "reference"},
+    "tl": BELOW_F5 | {"results", "fitted", "reference", "metrics"},
     "pl": F0 | {"get"},
     "__init__": F0 | F6 | {"models"},
 }

@@ -1,6 +1,7 @@
 """Fit a model, and read out what it has learned."""
 
 from scvi_ext.tl._amortization_gap import amortization_gap
+from scvi_ext.tl._classify import classify
 from scvi_ext.tl._denoised_samples import denoised_samples
 from scvi_ext.tl._differential_expression import differential_expression
 from scvi_ext.tl._feature_correlation import feature_correlation
@@ -15,12 +16,14 @@ from scvi_ext.tl._get_marginal_ll import get_marginal_ll
 from scvi_ext.tl._get_normalized_expression import get_normalized_expression
 from scvi_ext.tl._get_reconstruction_error import get_reconstruction_error
 from scvi_ext.tl._imputation_score import imputation_score
+from scvi_ext.tl._map_query import map_query
 from scvi_ext.tl._posterior_predictive_check import posterior_predictive_check
 from scvi_ext.tl._posterior_predictive_sample import posterior_predictive_sample
 from scvi_ext.tl._within_group_de import within_group_de
 
 __all__ = [
     "amortization_gap",
+    "classify",
     "denoised_samples",
     "differential_expression",
     "feature_correlation",
@@ -35,6 +38,7 @@ __all__ = [
     "get_normalized_expression",
     "get_reconstruction_error",
     "imputation_score",
+    "map_query",
     "posterior_predictive_check",
     "posterior_predictive_sample",
     "within_group_de",

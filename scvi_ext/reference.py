@@ -1,0 +1,48 @@
+"""A reference, whatever it is handed over as: an AnnData with a fit, a fit that was read from a file, or the file."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from anndata import AnnData
+
+from scvi_ext import io
+from scvi_ext._contract import SavedFit
+from scvi_ext.data.registry import read_fit
+
+_OWN = "model.json"  # in every folder of write_model, and in none of scvi-tools
+
+
+def read_reference(reference: AnnData | SavedFit | str | PathLike, key: str | None = None) -> SavedFit:
+    """The fit of a reference; ``key`` chooses among those of an AnnData.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no model at this path.
+    KeyError
+        The AnnData has no such fit.
+    TypeError
+        It is none of these kinds.
+    ValueError
+        ``key`` is given for what holds one fit only, or the file cannot be read.
+    """
+    if isinstance(reference, AnnData):
+        return read_fit(reference, key)
+    if key is not None:
+        msg = f"key={key!r} has no effect: only an AnnData has several fits to choose from."
+        raise ValueError(msg)
+    if isinstance(reference, SavedFit):
+        return reference
+    if not isinstance(reference, str | PathLike):
+        msg = (
+            f"reference is a {type(reference).__name__}; an AnnData with a fit, what io.read_model or "
+            "io.read_scvi_tools returns, or the folder of a model is needed."
+        )
+        raise TypeError(msg)
+    path = Path(reference).expanduser()
+    if path.suffix in (".h5ad", ".zarr"):
+        msg = f"{str(path)!r} holds an AnnData: read it with anndata, and pass that as the reference."
+        raise ValueError(msg)
+    return io.read_model(path) if (path / _OWN).is_file() else io.read_scvi_tools(path)
