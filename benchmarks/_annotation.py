@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +20,18 @@ if TYPE_CHECKING:
 TRUTH, LABEL, UNKNOWN = "cell_type", "label", "Unknown"
 
 
-@dataclass
-class Prediction:
-    """Probabilities of every label for every cell, and what they took."""
-
-    method: str
-    probabilities: pd.DataFrame
-    seconds: float  # NaN where it was not timed here
-    cpu_seconds: float  # of the processor: what the run takes alone, on a machine where others run too
-
-
 @contextmanager
 def stopwatch() -> Iterator[SimpleNamespace]:
     """Seconds on the clock and of the processor, once the block has ended."""
-    watch = SimpleNamespace(seconds=float("nan"), cpu_seconds=float("nan"))
+    watch = times_of(float("nan"), float("nan"))
     clock, cpu = time.perf_counter(), time.process_time()
     yield watch
     watch.seconds, watch.cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
+
+
+def times_of(seconds: float, cpu_seconds: float) -> SimpleNamespace:
+    """What a stopwatch showed."""
+    return SimpleNamespace(seconds=float(seconds), cpu_seconds=float(cpu_seconds))
 
 
 def hide_labels(data: Data, split: str) -> pd.Series:
@@ -66,9 +60,7 @@ def new_reference_scvi(data: Data, seed: int, file: Path, **options: Any) -> tup
     scvi.model.SCVI.setup_anndata(adata, batch_key=data.batch_key)
     with quiet_reference():
         if times.exists():
-            return scvi.model.SCVI.load(file, adata), SimpleNamespace(
-                **dict(zip(("seconds", "cpu_seconds"), np.load(times), strict=True))
-            )
+            return scvi.model.SCVI.load(file, adata), times_of(*np.load(times))
         model = scvi.model.SCVI(adata, **options)
         with stopwatch() as watch:
             model.train(enable_progress_bar=False, logger=False)
@@ -105,3 +97,9 @@ def table_of(kept: Any, adata: AnnData) -> pd.DataFrame:
         msg = f"The cache has {len(kept['probabilities'])} cells, and the data have {adata.n_obs}: remove its file."
         raise ValueError(msg)
     return pd.DataFrame(kept["probabilities"], adata.obs_names, kept["names"])
+
+
+def add_prediction(adata: AnnData, name: str, probabilities: pd.DataFrame) -> None:
+    """Write what another tool predicts as ``tl.classify`` would."""
+    adata.obsm[f"{name}_probabilities"] = probabilities
+    adata.obs[f"{name}_prediction"] = probabilities.idxmax(axis=1)

@@ -48,6 +48,7 @@ DIGITS = {
     "batch size": 0,
     "cells per second": 0,
     "clusters": 1,
+    "CPU seconds": 1,
     "density": 2,
     "epochs": 0,
     "GPU memory, MB": 0,
