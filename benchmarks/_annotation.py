@@ -34,6 +34,11 @@ def times_of(seconds: float, cpu_seconds: float) -> SimpleNamespace:
     return SimpleNamespace(seconds=float(seconds), cpu_seconds=float(cpu_seconds))
 
 
+def add(first: SimpleNamespace, second: SimpleNamespace) -> SimpleNamespace:
+    """What two steps took together."""
+    return times_of(first.seconds + second.seconds, first.cpu_seconds + second.cpu_seconds)
+
+
 def hide_labels(data: Data, split: str) -> pd.Series:
     """Labels of which some are hidden: ``"60%"`` of those that are known, at random, or all of the batch of a name."""
     labels = data.adata.obs[TRUTH].astype(str)

@@ -21,6 +21,7 @@ from _annotation import (
     LABEL,
     TRUTH,
     UNKNOWN,
+    add,
     add_prediction,
     hide_labels,
     keep,
@@ -105,8 +106,7 @@ def fit_ours(
             sx.tl.fit(adata, key_added=key, **OURS[key], **options)
             sx.tl.classify(adata, key=key)
         if "init_from" in OURS[key]:
-            times[key].seconds += pretraining.seconds
-            times[key].cpu_seconds += pretraining.cpu_seconds
+            times[key] = add(pretraining, times[key])
     return adata, times
 
 
