@@ -114,3 +114,22 @@ def test_what_is_wrong_is_said(predicted):
     del predicted.obs["scvi_prediction"]
     with pytest.raises(KeyError, match=r"adata.obs has no 'scvi_prediction': call scvi_ext.tl.classify"):
         sx.get.classification_df(predicted, "cell_type")
+
+
+def test_what_classify_writes_is_understood(registered):
+    truth = registered.obs["cell_type"].astype(str).to_numpy()
+    registered.obs["known"] = np.where(np.arange(201) < 150, truth, "?")
+    sx.pp.setup_anndata(registered, batch_key="batch", labels_key="known", unlabeled_category="?")
+    sx.tl.fit(registered, "classifier", max_epochs=2)
+    sx.tl.classify(registered)
+    confidence = registered.obs["classifier_confidence"].to_numpy()[150:]
+    border = np.float64(np.median(confidence))
+    sx.tl.classify(registered, min_confidence=border)
+    table = sx.get.confusion_df(registered, "cell_type")
+    assert table.to_numpy().sum() == 51
+    assert table["abstained"].sum() == (confidence < border).sum() == 25
+    registered.obsm["X_rep"] = np.eye(3)[registered.obs["cell_type"].cat.codes]
+    sx.metrics.annotation_baselines(registered, "cell_type", use_rep="X_rep", classifiers={})
+    likely = registered.obsm["classifier_probabilities"].idxmax(axis=1).to_numpy()
+    found = sx.get.annotation_df(registered).loc["classifier", "accuracy"]
+    assert found == pytest.approx((likely == truth)[150:].mean(), rel=1e-12)
