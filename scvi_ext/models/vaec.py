@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scvi_ext._contract import Minibatch
+    from scvi_ext.kernels.sparse import SparseRows
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,10 @@ class VAEC(CountVAE):
 
     def encode_label(self, cells: Minibatch) -> Tensor:
         """log q(y | x), shape (B, C)."""
-        return self.classifier.log_probabilities(cells.x.log1p() if self.log_variational else cells.x)
+        return self._log_qy(cells.x)
+
+    def _log_qy(self, x: Tensor | SparseRows) -> Tensor:
+        return self.classifier.log_probabilities(x.log1p() if self.log_variational else x)
 
     def with_labels(self, cells: Minibatch) -> Minibatch:
         """The cells, with the most probable label where there is none."""
@@ -222,7 +226,7 @@ class VAEC(CountVAE):
 
     def classify(self, x: Tensor) -> Tensor:
         """Probabilities of the labels, shape (B, C)."""
-        return torch.exp(self.encode_label(self._cells(x, decoded=False)))
+        return torch.exp(self._log_qy(x))
 
 
 SPEC = ModelSpec(

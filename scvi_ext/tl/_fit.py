@@ -459,10 +459,14 @@ def _check_labels(
             "for every cell: leave these cells out, or take another dispersion."
         )
         raise ValueError(msg)
-    if learned and unlabelled[train].all():
+    # Cells of a minibatch: one is enough beside others, three where they are all there is (batch normalisation).
+    least = 3 if all(stream.labelled_only for stream in spec.streams) else 1
+    n_known = int((~unlabelled[train]).sum())
+    if learned and n_known < least:
         msg = (
-            f"None of the {len(train)} training cells has a label ({(~unlabelled).sum()} of all {store.n_cells} have "
-            f"one), and model {spec.name!r} learns from them: label more cells, or take a larger train_size."
+            f"{n_known} of the {len(train)} training cells have a label ({(~unlabelled).sum()} of all {store.n_cells} "
+            f"cells have one), and model {spec.name!r} needs {least} or more to learn from: label more cells, or take "
+            "a larger train_size."
         )
         raise ValueError(msg)
 
@@ -518,9 +522,7 @@ def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int 
     return plan.patience if early_stopping is True else int(early_stopping)
 
 
-def _log_plan(
-    plan: Plan, seconds: float, device: torch.device, spec: ModelSpec, module: nn.Module, how: str
-) -> None:
+def _log_plan(plan: Plan, seconds: float, device: torch.device, spec: ModelSpec, module: nn.Module, how: str) -> None:
     generates = Capability.COUNTS in spec.capabilities
     if generates:
         kernel = fused.choose(module.reconstruction_loss, device.type, next(module.parameters()).dtype)[1]

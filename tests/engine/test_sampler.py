@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scvi_ext.data.sampler import epoch_order, split_cells
+from scvi_ext.data.sampler import epoch_order, some_of_each_label, split_cells
 
 
 @pytest.mark.parametrize("n_cells", [10, 128, 129, 5000])
@@ -92,3 +92,23 @@ def test_split_and_order_of_one_seed_are_unrelated():
     order = epoch_order(np.arange(1000), (1, 1000), seed=0, epoch=0).ravel()
     # correlation of independent permutations has standard deviation 0.03
     assert abs(np.corrcoef(split, order)[0, 1]) < 0.2
+
+
+def test_a_shorter_stream_goes_round_and_each_cell_comes_as_often():
+    cells = np.arange(10) + 3
+    order = epoch_order(cells, (4, 8), seed=0, epoch=0, stream=1).ravel()
+    for first in range(0, 30, 10):  # every round is an order of its own
+        np.testing.assert_array_equal(np.sort(order[first : first + 10]), cells)
+    assert not np.array_equal(order[:10], order[10:20])
+    assert not np.array_equal(order[:10], epoch_order(cells, (1, 10), seed=0, epoch=0).ravel())
+
+
+def test_some_of_each_label():
+    labels = np.repeat([0, 1, 2, -1], [50, 4, 7, 20])
+    cells = np.flatnonzero(labels >= 0)
+    drawn = [some_of_each_label(cells, labels, 5, seed=0, epoch=epoch) for epoch in range(2)]
+    for some in drawn:
+        np.testing.assert_array_equal(np.bincount(labels[some]), [5, 4, 5])
+        assert len(np.unique(some)) == len(some)
+    assert not np.array_equal(*drawn)  # every epoch draws its own
+    np.testing.assert_array_equal(some_of_each_label(cells, labels, None, 0, 0), cells)

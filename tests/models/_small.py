@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from scvi_ext import models
-from scvi_ext._contract import DataSummary, Minibatch
+from scvi_ext._contract import Capability, DataSummary, Minibatch
 
 N_CELLS = 24
 SUMMARY = DataSummary(
@@ -38,6 +38,7 @@ VALUES = {
 # What an option needs beside it to have an effect.
 BESIDE = {"deeply_inject_covariates": {"n_layers": 2, "encode_covariates": True}}
 
+GENERATIVE = [name for name in models.names() if Capability.COUNTS in models.get(name).capabilities]
 CROSSED = ("reconstruction_loss", "dispersion", "library")
 
 
@@ -108,7 +109,7 @@ def variants(*also_crossed: str) -> list[tuple[str, dict[str, Any]]]:
     """Every model with every value of every option: one by one, or crossed where they shape the likelihood together."""
     crossed = (*CROSSED, *also_crossed)
     found = []
-    for name in models.names():
+    for name in GENERATIVE:
         tried, default = values(name), asdict(models.get(name).config(**SMALL))
         off = [(option, value) for option in tried for value in tried[option] if value != default[option]]
         single = [BESIDE.get(option, {}) | {option: value} for option, value in off if option not in crossed]

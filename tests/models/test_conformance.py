@@ -11,7 +11,21 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from _small import BARE, N_CELLS, SMALL, SUMMARY, build, label, make_cells, noise, streams, take, values, variants
+from _small import (
+    BARE,
+    GENERATIVE,
+    N_CELLS,
+    SMALL,
+    SUMMARY,
+    build,
+    label,
+    make_cells,
+    noise,
+    streams,
+    take,
+    values,
+    variants,
+)
 from _tolerances import FLOAT64
 from torch import nn
 from torch.distributions import Normal
@@ -22,7 +36,8 @@ from scvi_ext import models
 from scvi_ext._contract import Capability, DataSummary, Expression, Loss, Minibatch, ModelSpec, Posterior, SavedFit
 
 PACKAGE = Path(scvi_ext.__file__).parent
-MODELS = pytest.mark.parametrize("name", models.names())
+ALL = pytest.mark.parametrize("name", models.names())
+MODELS = pytest.mark.parametrize("name", GENERATIVE)
 VARIANTS = pytest.mark.parametrize(("name", "options"), variants(), ids=label)
 ALL_CROSSED = pytest.mark.parametrize(("name", "options"), variants("latent_distribution"), ids=label)
 
@@ -53,7 +68,7 @@ def test_no_other_list_of_models():
                 assert len(listed) <= limit, f"{path.name}, line {node.lineno}: {listed}"
 
 
-@MODELS
+@ALL
 def test_spec(name):
     spec = models.get(name)
     assert isinstance(spec, ModelSpec)
@@ -95,7 +110,7 @@ def test_config_is_what_the_constructor_takes(name):
         spec.module(5, n_labels=2, n_hiden=3)
 
 
-@MODELS
+@ALL
 def test_capabilities_are_methods(name):
     spec = models.get(name)
     present = {capability for capability in Capability if callable(getattr(spec.module, capability.value, None))}
@@ -103,7 +118,9 @@ def test_capabilities_are_methods(name):
 
 
 def test_an_unknown_model_lists_the_known():
-    with pytest.raises(ValueError, match=r"^model='scvii' is not one of 'ldvae', .*'scvi'.*\. Did you mean 'scvi'\?$"):
+    with pytest.raises(
+        ValueError, match=r"^model='scvii' is not one of .*'ldvae', .*'scvi'.*\. Did you mean 'scvi'\?$"
+    ):
         models.get("scvii")
 
 

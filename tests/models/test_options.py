@@ -6,14 +6,14 @@ import re
 
 import pytest
 import torch
-from _small import BARE, BESIDE, N_CELLS, SUMMARY, build, label, make_cells, values
+from _small import BARE, BESIDE, GENERATIVE, N_CELLS, SUMMARY, build, label, make_cells, values
 from _tolerances import FLOAT64
 from torch.testing import assert_close
 
 from scvi_ext import models
 from scvi_ext._contract import Capability
 
-MODELS = pytest.mark.parametrize("name", models.names())
+MODELS = pytest.mark.parametrize("name", GENERATIVE)
 BAD_VALUES = [
     ("dispersion", "gene_batch", "'gene', 'gene-batch', 'gene-cell', 'gene-label'. Did you mean 'gene-batch'?"),
     ("reconstruction_loss", "zinbb", "'bernoulli', 'nb', 'normal', 'poisson', 'zinb'. Did you mean 'zinb'?"),
@@ -78,7 +78,7 @@ def fingerprint(name: str, module: torch.nn.Module) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [(name, option) for name in models.names() for option in values(name)], ids=label
+    ("name", "option"), [(name, option) for name in GENERATIVE for option in values(name)], ids=label
 )
 def test_every_value_has_an_effect(name, option):
     tried = values(name)[option]

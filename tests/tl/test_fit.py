@@ -15,9 +15,11 @@ import torch
 
 import scvi_ext as sx
 from scvi_ext import models
+from scvi_ext._contract import Capability
 from scvi_ext._errors import ScviExtWarning
 from scvi_ext.data.sampler import split_cells
 
+GENERATIVE = [name for name in models.names() if Capability.COUNTS in models.get(name).capabilities]
 QUICK = {"max_epochs": 2, "n_hidden": 8, "n_latent": 2}
 PARTS = ("elbo", "reconstruction_loss", "kl_z", "kl_library")
 
@@ -199,8 +201,10 @@ def test_history_holds_the_parts_of_the_elbo_per_cell(registered, library):
     assert (history["cells_per_second"] > 0).all()
 
 
-@pytest.mark.parametrize("model", models.names())
-def test_training_raises_the_elbo_of_cells_that_were_not_trained_on(registered, model):
+@pytest.mark.parametrize("model", GENERATIVE)
+def test_training_raises_the_elbo_of_cells_that_were_not_trained_on(counts, model):
+    registered = counts
+    sx.pp.setup_anndata(registered, batch_key="batch", labels_key="cell_type")
     sx.tl.fit(registered, model, n_hidden=32, max_epochs=60)
     history = sx.get.history(registered)
     # 201 cells with three planted types: the gain is about 20 nats per cell
@@ -348,18 +352,29 @@ OTHER_VALUES = {
     "use_batch_norm": ["encoder", "decoder", "none"],
     "use_layer_norm": ["encoder", "decoder", "both"],
     "bias": [True],
+    "classification_ratio": [1.0],
+    "training": ["alternate"],
+    "linear_classifier": [True],
+    "y_prior": [{"t0": 0.5, "t1": 0.3, "t2": 0.2}],
+    "labels_groups": [{"t0": "a", "t1": "b", "t2": "a"}],
+    "classifies": ["z", "z_library"],
 }
 
 
 @pytest.mark.parametrize("model", models.names())
 def test_every_option_of_a_model_changes_the_fit_or_is_refused(counts, model):
-    sx.pp.setup_anndata(counts, batch_key="batch", labels_key="cell_type")
+    labels = {"labels_key": "cell_type"}
+    if Capability.LABELS in models.get(model).capabilities:
+        counts.obs["known"] = counts.obs["cell_type"].astype(str).where(np.arange(counts.n_obs) % 2 == 0, "?")
+        labels = {"labels_key": "known", "unlabeled_category": "?"}
+    sx.pp.setup_anndata(counts, batch_key="batch", **labels)
     options = [field.name for field in fields(models.get(model).config)]
-    unchanged = sx.tl.fit(counts, model, key_added="scvi", copy=True, **QUICK)
+    quick = {name: value for name, value in QUICK.items() if name in (*options, "max_epochs")}
+    unchanged = sx.tl.fit(counts, model, key_added="scvi", copy=True, **quick)
     for name in options:
         for value in OTHER_VALUES[name]:
             try:
-                changed = sx.tl.fit(counts, model, key_added="scvi", copy=True, **QUICK | {name: value})
+                changed = sx.tl.fit(counts, model, key_added="scvi", copy=True, **quick | {name: value})
             except ValueError as error:
                 assert re.search(f"{name}={value!r}|needs {value}_key", str(error))  # noqa: PT017
             else:
@@ -407,8 +422,12 @@ def test_a_keyword_of_one_model_is_unknown_to_another(registered):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"model": "SCVI"}, ValueError, r"model='SCVI' is not one of 'ldvae', 'scvi'"),
-        ({"model": "linear_scvi"}, ValueError, r"model='linear_scvi' is not one of 'ldvae', 'scvi'\."),
+        ({"model": "SCVI"}, ValueError, r"model='SCVI' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'vaec'"),
+        (
+            {"model": "linear_scvi"},
+            ValueError,
+            r"model='linear_scvi' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'vaec'\.",
+        ),
         ({"key_added": "a/b"}, ValueError, r"key_added='a/b' must be a name, not"),
         ({"key_added": ""}, ValueError, r"key_added='' must be a name"),
         ({"key_added": 3}, ValueError, r"key_added=3 must be a name"),
