@@ -279,7 +279,7 @@ def test_labels_are_needed(counts, model):
     counts.obs.iloc[:, known] = "?"
     counts.obs.iloc[held_out[:2], known] = "t0"
     sx.pp.setup_anndata(counts, labels_key="known", unlabeled_category="?")
-    with pytest.raises(ValueError, match=r"0 of the 100 training cells have a label \(2 of all 201 cells have one\)"):
+    with pytest.raises(ValueError, match=r"0 of the 101 training cells have a label \(2 of all 201 cells have one\)"):
         sx.tl.fit(counts, model, train_size=0.5)
     counts.obs.iloc[train[:3], known] = "t0"  # one label, three cells: little, and enough to run
     sx.pp.setup_anndata(counts, labels_key="known", unlabeled_category="?")
