@@ -118,6 +118,9 @@ def annotation_baselines(
     """
     one_of("train_on", train_on, ["counts", "rep"])
     whole_number("n_neighbors", n_neighbors, 1)
+    if train_on == "rep" and classifiers is not None and not classifiers:
+        msg = "train_on='rep' has no effect without classifiers: leave out one of them."
+        raise ValueError(msg)
     adata = adata.copy() if copy else adata
     slot = ANNOTATION if key_added is None else valid_key(key_added)
     if slot == UNS.root:
@@ -154,23 +157,10 @@ def annotation_baselines(
     for key, (codes, confidence, _) in predictions.items():
         outcomes[key] = (codes[judged], confidence[judged], np.nan)
 
-    present = np.unique(truth[judged])
-    recall = {
-        name: recall_score(truth[judged], codes, labels=present, average=None) for name, (codes, *_) in outcomes.items()
-    }
-    scores = {
-        name: {
-            "accuracy": (codes == truth[judged]).mean(),
-            "mean_recall": recall[name].mean(),
-            "worst_recall": recall[name].min(),
-            "expected_calibration_error": _calibration_error(confidence, codes == truth[judged]),
-            "seconds": seconds,
-        }
-        for name, (codes, confidence, seconds) in outcomes.items()
-    }
+    scores, recall = _tables(truth[judged], outcomes, names)
     table = {
-        "scores": pd.DataFrame.from_dict(scores, orient="index").astype(np.float64).rename_axis("method"),
-        "recall": pd.DataFrame(recall, index=[names[code] for code in present]).rename_axis("label"),
+        "scores": scores,
+        "recall": recall,
         "params": {
             "labels_key": labels_key,
             "train_key": train_key,
@@ -280,6 +270,27 @@ def _predict(estimator: ClassifierMixin, x: np.ndarray | sp.csr_matrix) -> tuple
         return estimator.predict(x), np.full(x.shape[0], np.nan)
     probabilities = predict_proba(x)
     return estimator.classes_[probabilities.argmax(axis=1)], probabilities.max(axis=1)
+
+
+def _tables(
+    truth: np.ndarray, outcomes: Mapping[str, tuple[np.ndarray, np.ndarray, float]], names: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of each method, and its recall of each label, from predicted labels, confidences and seconds."""
+    present = np.unique(truth)
+    scores, recall = {}, {}
+    for name, (predicted, confidence, seconds) in outcomes.items():
+        recall[name] = recall_score(truth, predicted, labels=present, average=None)
+        scores[name] = {
+            "accuracy": (predicted == truth).mean(),
+            "mean_recall": recall[name].mean(),
+            "worst_recall": recall[name].min(),
+            "expected_calibration_error": _calibration_error(confidence, predicted == truth),
+            "seconds": seconds,
+        }
+    return (
+        pd.DataFrame.from_dict(scores, orient="index").astype(np.float64).rename_axis("method"),
+        pd.DataFrame(recall, index=[names[code] for code in present]).rename_axis("label"),
+    )
 
 
 def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:

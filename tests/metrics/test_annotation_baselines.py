@@ -250,6 +250,7 @@ def test_nothing_is_written_where_something_is_wrong(hidden):
         (KeyError, r"'X_c' is not in adata.obsm", {"use_rep": "X_c"}),
         (KeyError, r"'your_prediction' is not in adata.obs.* Did you mean", {"prediction_keys": ["your"]}),
         (ValueError, "train_on='X' is not one of", {"train_on": "X"}),
+        (ValueError, "train_on='rep' has no effect without classifiers", {"train_on": "rep", "classifiers": {}}),
         (ValueError, "n_neighbors=0 must be 1 or more", {"n_neighbors": 0}),
         (ValueError, "There is nothing to judge by", {"labels_key": "known"}),
         (ValueError, "There is nothing to judge by", {"train_key": "cell_type"}),
