@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from scvi_ext._errors import listing, missing_key
+from scvi_ext._errors import listing, missing_key, no_cells
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
 from scvi_ext.data.registry import Registry, codes, column, known_codes, used_categories
 from scvi_ext.data.store import CellStore, check_unique_genes
@@ -74,6 +74,8 @@ def read_query(
         The counts are no raw counts, values are missing, a cell has no counts of these genes, or the arguments
         contradict each other.
     """
+    if adata.n_obs == 0:
+        raise no_cells()
     _check_genes(adata, var_names)
     layer = trained.layer if layer is None else layer
     if layer is not None and layer not in adata.layers:

@@ -6,6 +6,7 @@ from scvi_ext.tl._denoised_samples import denoised_samples
 from scvi_ext.tl._differential_expression import differential_expression
 from scvi_ext.tl._feature_correlation import feature_correlation
 from scvi_ext.tl._fit import fit
+from scvi_ext.tl._get_drift import get_drift
 from scvi_ext.tl._get_elbo import get_elbo
 from scvi_ext.tl._get_importance_weights import get_importance_weights
 from scvi_ext.tl._get_latent import get_latent
@@ -28,6 +29,7 @@ __all__ = [
     "differential_expression",
     "feature_correlation",
     "fit",
+    "get_drift",
     "get_elbo",
     "get_importance_weights",
     "get_latent",

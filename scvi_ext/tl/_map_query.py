@@ -159,6 +159,7 @@ def map_query(
     """
     one_of("check", check, ["error", "warn"])
     seed, target = resolve_seed(seed), resolve_device(device)
+    read_root(adata)
     check_in_memory(adata, copy=copy)
     trained = read_reference(reference, key)
     spec = models.get(trained.model)

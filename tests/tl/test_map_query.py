@@ -405,6 +405,14 @@ def test_options_that_make_no_sense(pair, options, error, match):
     assert untouched(query, before)
 
 
+def test_what_is_no_query_is_refused(pair):
+    reference, query = pair
+    with pytest.raises(TypeError, match="an AnnData is needed"):
+        sx.tl.map_query(query.X, reference)
+    with pytest.raises(ValueError, match="no cells"):
+        sx.tl.map_query(query[:0].copy(), reference)
+
+
 def test_a_reference_without_batches_has_no_place_for_one(counts):
     sx.pp.setup_anndata(counts)
     sx.tl.fit(counts, **SMALL)
