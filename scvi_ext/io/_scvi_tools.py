@@ -26,16 +26,21 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _FILE = "model.pt"
-_MODELS = {"LinearSCVI": "ldvae", "SCVI": "scvi"}
+_MODELS = {"LinearSCVI": "ldvae", "SCANVI": "scanvi", "SCVI": "scvi"}
 _RENAMED_OPTIONS = {"gene_likelihood": "reconstruction_loss"}
 _ONLY_THERE = {"extra_payload_autotune"}  # changes what their training reports, not the model
 # LinearSCVI hands these to a class whose encoder and decoder it then replaces by others that do not see them.
 _WITHOUT_EFFECT_IF_LINEAR = {"encode_covariates", "deeply_inject_covariates", "use_layer_norm"}
+# Handed to every SCANVI; without use_labels_groups, which has no counterpart here, it does nothing with it.
+_WITHOUT_EFFECT_IF_SCANVI = {"labels_groups"}
 _RENAMED_WEIGHTS = {
     r"^px_r$": "dispersion.log_theta",
     r"^l_encoder\.": "library.encoder.",
     r"^library_log_(means|vars)$": r"library.log_\1",
     r"^_embeddings_dict\.batch\.": "covariates.batch_embedding.",
+    r"^y_prior$": "log_y_prior",
+    r"^classifier\.classifier\.0\.(?=fc_layers)": "classifier.hidden.",
+    r"^classifier\.classifier\.\d\.": "classifier.output.",
     r"\.fc_layers\.Layer (\d+)\.0\.": r".layers.\1.linear.",
     r"\.fc_layers\.Layer (\d+)\.1\.": r".layers.\1.batch_norm.0.",
     r"\.px_scale_decoder\.0\.": ".px_scale_decoder.",
@@ -57,8 +62,8 @@ def read_scvi_tools(
     Parameters
     ----------
     path
-        Folder that ``model.save(path)`` of scvi-tools wrote, or the ``model.pt`` in it. Models of the classes ``SCVI``
-        and ``LinearSCVI`` can be read; here they are called ``"scvi"`` and ``"ldvae"``.
+        Folder that ``model.save(path)`` of scvi-tools wrote, or the ``model.pt`` in it. Models of the classes ``SCVI``,
+        ``LinearSCVI`` and ``SCANVI`` can be read; here they are called ``"scvi"``, ``"ldvae"`` and ``"scanvi"``.
     adata
         Annotated data to put the model into, with all genes of the model in any order, and the columns it was set up
         with.
@@ -152,17 +157,21 @@ def _registry(theirs: Mapping[str, Any]) -> Registry:
     def categories(field: str) -> tuple[str, ...]:
         return tuple(str(c) for c in fields[field]["state_registry"]["categorical_mapping"])
 
+    unlabeled = arguments.get("unlabeled_category")
+    unlabeled = None if unlabeled is None else str(unlabeled)
+    labels = categories("labels") if arguments["labels_key"] else ()
     covariates = tuple(arguments.get("categorical_covariate_keys") or ())
     mappings = fields["extra_categorical_covs"]["state_registry"]["mappings"] if covariates else {}
     return Registry(
         layer=arguments["layer"],
         batch_key=arguments["batch_key"],
         labels_key=arguments["labels_key"],
+        unlabeled_category=unlabeled,
         size_factor_key=arguments.get("size_factor_key"),
         categorical_covariate_keys=covariates,
         continuous_covariate_keys=tuple(arguments.get("continuous_covariate_keys") or ()),
         batch_categories=categories("batch") if arguments["batch_key"] else (),
-        labels_categories=categories("labels") if arguments["labels_key"] else (),
+        labels_categories=tuple(label for label in labels if label != unlabeled),
         covariate_categories=tuple(tuple(str(c) for c in mappings[key]) for key in covariates),
     )
 
@@ -172,12 +181,17 @@ def _config(name: str, parameters: Mapping[str, Any], registry: Registry) -> dic
     options = dict(parameters["non_kwargs"])
     for further in parameters["kwargs"].values():
         options |= further
-    observed = options.pop("use_observed_lib_size", name == "SCVI")
+    observed = options.pop("use_observed_lib_size", name != "LinearSCVI")
     options["library"] = "size_factor" if registry.size_factor_key else "observed" if observed else "latent"
     dropped = set(_ONLY_THERE)
     if name == "LinearSCVI":
         dropped |= _WITHOUT_EFFECT_IF_LINEAR
         options["use_batch_norm"] = "both" if options.get("use_batch_norm", True) else "encoder"
+
+    if name == "SCANVI":
+        dropped |= _WITHOUT_EFFECT_IF_SCANVI
+        if options.get("y_prior") is not None:
+            options["y_prior"] = tuple(float(p) for p in np.ravel(options["y_prior"]))
 
     config = asdict(models.get(_MODELS[name]).config())
     for option, value in options.items():
@@ -226,6 +240,8 @@ def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, n
             array = array.reshape(-1) if config["dispersion"] == "gene" else array.T  # theirs is (G, K)
         elif name.startswith("library.log_"):
             array = array.reshape(-1)  # theirs is (1, K)
+        elif name == "log_y_prior":
+            array = np.log(array).reshape(-1)  # theirs is (1, C)
         state[name] = np.array(array, dtype=np.float32 if array.dtype.kind == "f" else array.dtype, order="C")
     return state
 

@@ -1,15 +1,17 @@
 """Write the reference values in ``cases/``: small models trained by scvi-tools on real counts, and what they give.
 
-Needs scvi-tools beside this package: ``python tests/golden/make_golden.py``. Each case is a folder with ``model.pt`` as
-scvi-tools saves it, ``case.json`` (what it was made with) and ``expected.npz``: counts and columns of a few cells under
-``x`` and ``obs.<column>``, the training history under ``history.<name>``, and for these cells, in evaluation mode and
-at the posterior mean, the quantities that the tests compare.
+Needs scvi-tools beside this package: ``python tests/golden/make_golden.py``, for some cases with their names behind it.
+Each case is a folder with ``model.pt`` as scvi-tools saves it, ``case.json`` (what it was made with) and
+``expected.npz``: counts and columns of a few cells under ``x`` and ``obs.<column>``, the training history under
+``history.<name>``, and for these cells, in evaluation mode and at the posterior mean, the quantities that the tests
+compare.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 CASES = Path(__file__).parent / "cases"
 N_TRAIN, N_KEPT, N_GENES = 60, 12, 40
 SMALL = {"n_hidden": 16, "n_latent": 5}
-SCVI, LinearSCVI = scvi.model.SCVI, scvi.model.LinearSCVI
+SCVI, LinearSCVI, SCANVI = scvi.model.SCVI, scvi.model.LinearSCVI, scvi.model.SCANVI
+# One of the cell types plays the cells without a label.
+PARTLY_LABELLED = {"batch_key": "batch", "labels_key": "label", "unlabeled_category": "Dendritic"}
 
 # name -> class, arguments of setup_anndata, arguments of the model
 MODELS = {
@@ -80,6 +84,12 @@ MODELS = {
             "bias": True,
         },
     ),
+    "scanvi_zinb": (SCANVI, PARTLY_LABELLED, {"n_hidden": 8}),
+    "scanvi_nb_linear_classifier": (
+        SCANVI,
+        PARTLY_LABELLED,
+        {"n_hidden": 8, "gene_likelihood": "nb", "linear_classifier": True, "dispersion": "gene-batch"},
+    ),
 }
 COLUMNS = ["batch", "phase", "mito", "label", "size_factor"]
 WITH_HISTORY = {"linear_scvi"}  # the others leave it out to stay small
@@ -103,7 +113,7 @@ def cells(seed: int) -> AnnData:
 
 
 @torch.no_grad()
-def expected(model: SCVI | LinearSCVI) -> dict[str, np.ndarray]:
+def expected(model: SCVI | LinearSCVI | SCANVI) -> dict[str, np.ndarray]:
     """What the tests compare, for the first cells."""
     module = model.module.cpu().eval()
     first = np.arange(N_KEPT)
@@ -123,26 +133,33 @@ def expected(model: SCVI | LinearSCVI) -> dict[str, np.ndarray]:
             values[f"px_{name}"] = value
     if module.gene_likelihood == "normal":  # whose own scale is a standard deviation
         values |= {"px_rate": px.loc, "px_scale": px.normal_mu, "px_theta": px.scale}
-    loss = module.loss(tensors, inferred, generated, kl_weight=1.0)
-    values |= {
-        "log_prob": px.log_prob(tensors["X"]).sum(-1),
-        "loss": loss.loss,
-        "kl_z": loss.kl_local["kl_divergence_z"],
-        "kl_l": loss.kl_local["kl_divergence_l"],
-    }
+    values["log_prob"] = px.log_prob(tensors["X"]).sum(-1)
+    if not isinstance(model, SCANVI):  # whose bound is another one, and takes samples of z2
+        loss = module.loss(tensors, inferred, generated, kl_weight=1.0)
+        values |= {
+            "loss": loss.loss,
+            "kl_z": loss.kl_local["kl_divergence_z"],
+            "kl_l": loss.kl_local["kl_divergence_l"],
+        }
     arrays = {name: value.numpy() for name, value in values.items()}
     if isinstance(model, LinearSCVI):
         arrays["loadings"] = model.get_loadings().to_numpy()
+    if isinstance(model, SCANVI):
+        probabilities = model.predict(indices=first, soft=True)
+        arrays |= {"prediction_soft": probabilities, "prediction_columns": probabilities.columns.to_numpy(str)}
     return arrays | {"latent": model.get_latent_representation(indices=first)}
 
 
 def main() -> None:
-    shutil.rmtree(CASES, ignore_errors=True)
+    asked = sys.argv[1:] or MODELS
     for seed, (name, (cls, setup, options)) in enumerate(MODELS.items()):
+        if name not in asked:
+            continue
+        shutil.rmtree(CASES / name, ignore_errors=True)
         adata = cells(seed)
         scvi.settings.seed = seed
         cls.setup_anndata(adata, **setup)
-        model = cls(adata, **SMALL, **options)
+        model = cls(adata, **SMALL | options)
         model.train(
             max_epochs=10,
             batch_size=32,

@@ -14,6 +14,7 @@ import torch
 
 import scvi_ext as sx
 from scvi_ext.data.registry import Registry, read_fit
+from scvi_ext.io._scvi_tools import _translate
 from scvi_ext.io._torch_archive import read_torch_archive
 
 CASES = Path(__file__).parents[1] / "golden" / "cases"
@@ -188,12 +189,52 @@ def test_a_dispersion_per_label_without_labels_is_one_per_gene(variant):
     np.testing.assert_array_equal(fit.state["dispersion.log_theta"], np.arange(40))
 
 
+def test_the_unlabeled_category_is_no_label():
+    fit = sx.io.read_scvi_tools(CASES / "scanvi_zinb")
+    registry = Registry.from_uns(fit.setup)
+    assert registry.unlabeled_category == "Dendritic"
+    assert "Dendritic" not in registry.labels_categories
+    assert len(registry.labels_categories) == len(fit.state["classifier.output.bias"])
+    np.testing.assert_allclose(np.exp(fit.state["log_y_prior"]).sum(), 1, rtol=1e-6)
+
+
+def test_a_prior_of_labels_comes_along(variant):
+    n = len(sx.io.read_scvi_tools(CASES / "scanvi_zinb").state["log_y_prior"])
+    prior = np.arange(1.0, n + 1) / np.arange(1.0, n + 1).sum()
+
+    def change(content):
+        options(content)["y_prior"] = torch.tensor(prior).reshape(1, -1)
+        options(content)["labels_groups"] = list(range(n))  # without use_labels_groups nobody looks at them
+        content["model_state_dict"]["y_prior"] = torch.tensor(prior, dtype=torch.float32).reshape(1, -1)
+
+    file = variant("scanvi_zinb", change) / "model.pt"
+    fit = _translate(read_torch_archive(file), file)
+    np.testing.assert_allclose(fit.config["y_prior"], prior, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(fit.state["log_y_prior"]), prior, rtol=1e-6)
+    assert fit.config["labels_groups"] is None
+
+
+@pytest.mark.parametrize("option", [{"use_labels_groups": True}, {"classifier_parameters": {"n_hidden": 4}}], ids=str)
+def test_options_of_scanvi_without_a_counterpart_are_refused(variant, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        sx.io.read_scvi_tools(variant("scanvi_zinb", lambda content: options(content).update(option)))
+
+
+def test_a_model_of_scanvi_takes_a_query():
+    query = cells(CASES / "scanvi_zinb")
+    query.obs = query.obs.drop(columns="label").assign(batch="new")
+    sx.tl.map_query(query, CASES / "scanvi_zinb", max_epochs=2, progress=False)
+    sx.tl.classify(query)
+    known = read_fit(query).setup["labels_categories"]
+    assert set(query.obs["scanvi_prediction"]) <= set(known)
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
 def test_another_class_is_named_with_those_that_can_be_read(variant):
     folder = variant("scvi_zinb", lambda c: c["attr_dict"]["registry_"].update(model_name="TOTALVI"))
-    with pytest.raises(ValueError, match=r"'TOTALVI'.*'LinearSCVI', 'SCVI'"):
+    with pytest.raises(ValueError, match=r"'TOTALVI'.*'LinearSCVI', 'SCANVI', 'SCVI'"):
         sx.io.read_scvi_tools(folder)
 
 
