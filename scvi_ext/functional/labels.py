@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -38,13 +39,12 @@ def log_prior(y_prior: object, n_labels: int) -> Tensor:
     ValueError
         They are not C positive numbers that sum to 1.
     """
-    if y_prior is None:
-        return torch.full((n_labels,), 1 / n_labels).log()
-    prior = torch.as_tensor(y_prior, dtype=torch.float32).flatten()
-    if len(prior) != n_labels or not (prior > 0).all() or abs(prior.sum().item() - 1) > 1e-4:
+    # Checked on the host, whatever device torch makes tensors on.
+    prior = np.full(n_labels, 1 / n_labels) if y_prior is None else np.asarray(y_prior, dtype=np.float64).ravel()
+    if len(prior) != n_labels or not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
         msg = (
             f"y_prior={y_prior!r} must be {n_labels} positive probabilities that sum to 1, one for each label in the "
             "order of the codes."
         )
         raise ValueError(msg)
-    return prior.log()
+    return torch.as_tensor(np.log(prior), dtype=torch.float32)

@@ -144,7 +144,12 @@ def test_unused_categories_never_become_predictions(counts):
 
 @pytest.mark.parametrize("model", LABELLING)
 def test_it_travels_and_goes_on(partly, model, tmp_path):
-    whole = sx.tl.fit(partly, model, copy=True, **SHORT | {"max_epochs": 4})
+    known = {
+        "y_prior": {"t0": 0.5, "t2": 0.2, "t1": 0.3},
+        "labels_groups": {"t0": "a", "t1": "b", "t2": "a"},
+    }
+    options = {name: value for name, value in known.items() if name in models.get(model).config.__dataclass_fields__}
+    whole = sx.tl.fit(partly, model, copy=True, **SHORT | options)
     sx.tl.classify(whole)
     whole.write_h5ad(tmp_path / "a.h5ad")
     read = ad.read_h5ad(tmp_path / "a.h5ad")
