@@ -13,6 +13,7 @@ from scvi_ext._errors import listing, missing_key
 from scvi_ext.data.audit import LARGEST_EXACT
 from scvi_ext.data.matrix import counts_matrix, read_all, read_rows, row_chunks
 from scvi_ext.data.registry import codes, column, known_codes
+from scvi_ext.kernels.sparse import all_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -316,8 +317,8 @@ class CellStore:
 def _check_still_counts(counts: sp.csr_matrix, registry: Registry, cells: pd.Index, genes: pd.Index) -> None:
     """Raise a ValueError if counts that were raw when they were registered are not so any more."""
     values = counts.data
-    bad = ~((values == np.rint(values)) & (values >= 0) & (values <= LARGEST_EXACT))
-    if bad.any():
+    if not all_counts(values, LARGEST_EXACT):
+        bad = ~((values == np.rint(values)) & (values >= 0) & (values <= LARGEST_EXACT))
         first = int(np.argmax(bad))
         row = int(np.searchsorted(counts.indptr, first, side="right") - 1)
         slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"

@@ -11,10 +11,13 @@ import numpy as np
 from numba import prange
 
 from scvi_ext.kernels.compiler import fast, kernel, parallel, widest_vectors
+from scvi_ext.kernels.cpu import _log
 
 PER_DOUBLING = 32
 # Splitting a draw that is anywhere between two centres adds the mean of f (1 - f) to a variance, in bins squared.
 SPLIT_VARIANCE = 1 / 6
+
+_LANES = 16  # float32 numbers in the widest vectors
 
 # What is known of a change, in the order of the last axis of what `changes` returns.
 OUTPUTS = ("up", "down", "mean", "variance", "median", "low", "high", "up_variance", "down_variance", "mean_variance")
@@ -35,28 +38,35 @@ def _add(histograms, positions, sets, weights, first, stop):
         of_set, weight = histograms[sets[b]], weights[b]
         for g in range(first, stop):
             position = positions[b, g]
-            k = int(position)
-            above = weight * (position - k)
+            k = np.int32(position)
+            above = weight * (position - np.float32(k))
             of_set[g, k] += weight - above
             of_set[g, k + 1] += above
 
 
 @parallel
-def add_up(n_parts, sums, values, sets, weights):
-    """Add ``values`` (B, G) to ``sums`` (S, G), row b to set ``sets[b]``, by the weights (B,)."""
-    n_genes = values.shape[1]
+def locate(n_parts, scales, sums, sets, weights, lowest, n_bins):
+    """Turn ``scales`` (B, G) into positions among bins from log2 = ``lowest`` on, in place.
+
+    Before that they are added to ``sums`` (S, G), row b to set ``sets[b]``, by the weights (B,).
+    """
+    n_genes = scales.shape[1]
     for part in prange(n_parts):
         first, stop = part * n_genes // n_parts, (part + 1) * n_genes // n_parts
-        _add_up(sums, values, sets, weights, first, stop)
+        _locate(scales, sums, sets, weights, lowest, n_bins, first, stop)
 
 
 @kernel
-def _add_up(sums, values, sets, weights, first, stop):
+def _locate(scales, sums, sets, weights, lowest, n_bins, first, stop):
     widest_vectors()
-    for b in range(values.shape[0]):
-        of_set, weight = sums[sets[b]], weights[b]
-        for g in range(first, stop):
-            of_set[g] += weight * values[b, g]
+    smallest, offset = np.float32(2.0**lowest), np.float32(lowest * PER_DOUBLING)
+    per_e_fold, last = np.float32(PER_DOUBLING / np.log(2)), np.float32(n_bins - 1.001)
+    for b in range(scales.shape[0]):
+        row, of_set, weight = scales[b, first:stop], sums[sets[b], first:stop], weights[b]
+        for g in range(len(row)):
+            of_set[g] += weight * row[g]
+        for g in range(len(row)):
+            row[g] = min(max(_log(max(row[g], smallest)) * per_e_fold - offset, np.float32(0)), last)
 
 
 @parallel
@@ -99,8 +109,9 @@ def _changes(
 ):
     n_batches, n_sets, _, n_bins = histograms.shape
     mixed = np.zeros(n_bins, np.float32)
-    a, b = np.zeros(n_bins + 1, np.float32), np.zeros(n_bins + 1, np.float32)
-    difference = np.zeros(2 * n_bins + 2, np.float32)  # of j - n_bins bins
+    # What is longer than there are bins stays zero: `_subtract` goes over whole vectors, and four bins of a at a time.
+    a, b = np.zeros(n_bins + 4, np.float32), np.zeros(n_bins + 4, np.float32)
+    difference = np.zeros(2 * n_bins + 3 + 2 * _LANES, np.float32)  # of j - n_bins bins
     ends = np.zeros((n_batches, n_sets, 2), np.int64)
     for g in range(first, stop):
         for batch in range(n_batches):
@@ -119,14 +130,15 @@ def _changes(
                 b0, b1, split_b = _mixture(of_gene, ends[batch], weights_b, move, mixed, b)
                 lowest, highest = min(lowest, a0 - b1 + n_bins), max(highest, a1 - b0 + n_bins)
                 added += share * (split_a + split_b)
-                _subtract(difference, share, a, a0, a1, b[b0 : b1 + 1][::-1].copy(), n_bins - b1)
+                _subtract(difference[n_bins - b1 :], np.float32(share), a, a0, a1, b[b0 : b1 + 1][::-1])
                 n_a, n_b = _effective(left[c], draws[batch]), _effective(right[c], draws[batch])
                 up, down = _tails(a, a0, a1, b, b0, b1, delta[c], n_a, n_b, share, out)
                 out[0] += share * up
                 out[1] += share * down
                 a[a0 : a1 + 1] = 0
                 b[b0 : b1 + 1] = 0
-            out[0], out[1] = min(out[0], 1.0), min(out[1], 1.0)  # float32 masses add up to 1 within their roundings
+            for i in range(2):  # float32 masses add up to 1 within their roundings
+                out[i] = min(max(out[i], 0.0), 1.0)
             _moments(difference, lowest, highest, n_bins, added, out)
             out[4] = _quantile(difference, lowest, highest, 0.5) - n_bins
             out[5] = _quantile(difference, lowest, highest, tail) - n_bins
@@ -154,8 +166,9 @@ def _mixture(of_gene, ends, weights, move, mixed, moved):
         if weights[s] != 0:
             weight, histogram = np.float32(weights[s]), of_gene[s]
             lowest, highest = min(lowest, ends[s, 0]), max(highest, ends[s, 1])
-            for k in range(ends[s, 0], ends[s, 1] + 1):
-                mixed[k] += weight * histogram[k]
+            into, filled = mixed[ends[s, 0] : ends[s, 1] + 1], histogram[ends[s, 0] : ends[s, 1] + 1]
+            for k in range(len(filled)):
+                into[k] += weight * filled[k]
     split = 0.0
     for k in range(lowest, highest + 1):
         mass = mixed[k]
@@ -169,15 +182,21 @@ def _mixture(of_gene, ends, weights, move, mixed, moved):
 
 
 @kernel
-def _subtract(difference, share, a, a0, a1, reversed_b, shift):
-    """Add all pairs of ``a`` and ``b`` to the bins of their difference, b in the order of falling bins."""
+def _subtract(difference, share, a, a0, a1, reversed_b):
+    """Add all pairs of ``a`` and ``b`` to the bins of their difference, b in the order of falling bins.
+
+    Four bins of ``a`` at a time, so that the difference is touched less often.
+    """
     widest_vectors()
-    for i in range(a0, a1 + 1):
-        mass = np.float32(share) * a[i]
-        if mass != 0:
-            row = difference[i + shift :]
-            for k in range(len(reversed_b)):
-                row[k] += mass * reversed_b[k]
+    n = (len(reversed_b) + 2) // _LANES * _LANES + _LANES
+    padded = np.zeros(n + 3, np.float32)
+    padded[3 : 3 + len(reversed_b)] = reversed_b
+    b_0, b_1, b_2, b_3 = padded[3:], padded[2:], padded[1:], padded
+    for i in range(a0, a1 + 1, 4):
+        a_0, a_1, a_2, a_3 = share * a[i], share * a[i + 1], share * a[i + 2], share * a[i + 3]
+        row = difference[i:]
+        for k in range(n):
+            row[k] += (a_0 * b_0[k] + a_1 * b_1[k]) + (a_2 * b_2[k] + a_3 * b_3[k])
 
 
 @fast
@@ -196,43 +215,40 @@ def _tails(a, a0, a1, b, b0, b1, delta, n_a, n_b, share, out):
 
     The variance of a mean over all pairs is that of its conditional means, given one or the other member (Hoeffding).
     """
-    up = down = up2_a = down2_a = up2_b = down2_b = 0.0
-    mean_a = mean_b = square_a = square_b = 0.0
-    below = np.zeros(b1 - b0 + 2)  # mass of b below the lower edge of bin b0 + j
-    for j in range(b1 - b0 + 1):
-        below[j + 1] = below[j] + b[b0 + j]
-    for i in range(a0, a1 + 1):
-        mass = a[i]
-        if mass != 0:
-            u, d = _below(below, i - delta - b0 + 0.5), 1 - _below(below, i + delta - b0 + 0.5)
-            up, down = up + mass * u, down + mass * d
-            up2_a, down2_a = up2_a + mass * u * u, down2_a + mass * d * d
-            mean_a, square_a = mean_a + mass * i, square_a + mass * i * i
-    below = np.zeros(a1 - a0 + 2)
-    for j in range(a1 - a0 + 1):
-        below[j + 1] = below[j] + a[a0 + j]
-    for k in range(b0, b1 + 1):
-        mass = b[k]
-        if mass != 0:
-            u, d = 1 - _below(below, k + delta - a0 + 0.5), _below(below, k - delta - a0 + 0.5)
-            up2_b, down2_b = up2_b + mass * u * u, down2_b + mass * d * d
-            mean_b, square_b = mean_b + mass * k, square_b + mass * k * k
+    up, up2_a, down, down2_a, variance_a = _beyond(a, a0, a1, b, b0, b1, delta)
+    _, down2_b, _, up2_b, variance_b = _beyond(b, b0, b1, a, a0, a1, delta)
     weight = share * share
     out[7] += weight * (max(up2_a - up * up, 0.0) / n_a + max(up2_b - up * up, 0.0) / n_b)
     out[8] += weight * (max(down2_a - down * down, 0.0) / n_a + max(down2_b - down * down, 0.0) / n_b)
-    out[9] += weight * (max(square_a - mean_a**2, 0.0) / n_a + max(square_b - mean_b**2, 0.0) / n_b)
+    out[9] += weight * (variance_a / n_a + variance_b / n_b)
     return up, down
 
 
 @fast
-def _below(cumulative, edge):
-    """Mass below ``edge``, in bins from the first one's lower edge; that of a bin lies evenly over its width."""
-    if edge <= 0:
-        return 0.0
-    if edge >= len(cumulative) - 1:
-        return 1.0
-    k = int(edge)
-    return cumulative[k] + (edge - k) * (cumulative[k + 1] - cumulative[k])
+def _beyond(x, x0, x1, y, y0, y1, delta):
+    """P(x - y >= delta) and P(x - y <= -delta), given x: mean and mean square over x of each, and the variance of x.
+
+    The mass of a bin lies evenly over its width, so a border inside of it takes a share, the same one in every bin.
+    """
+    n = y1 - y0 + 3
+    below = np.empty(n + 1)  # mass of y below the lower edge of bin y0 + j - 1
+    below[0] = below[1] = 0
+    for j in range(y1 - y0 + 1):
+        below[j + 2] = below[j + 1] + y[y0 + j]
+    below[n - 1] = below[n] = 1
+    low, high = np.floor(0.5 - delta), np.floor(0.5 + delta)
+    share_low, share_high = 0.5 - delta - low, 0.5 + delta - high
+    up = up2 = down = down2 = mean = square = 0.0
+    for i in range(x0, x1 + 1):
+        mass = x[i]
+        j = min(max(i - y0 + 1 + int(low), 0), n - 1)
+        u = below[j] + share_low * (below[j + 1] - below[j])
+        j = min(max(i - y0 + 1 + int(high), 0), n - 1)
+        d = 1 - below[j] - share_high * (below[j + 1] - below[j])
+        up, up2 = up + mass * u, up2 + mass * u * u
+        down, down2 = down + mass * d, down2 + mass * d * d
+        mean, square = mean + mass * i, square + mass * i * i
+    return up, up2, down, down2, max(square - mean**2, 0.0)
 
 
 @kernel

@@ -209,6 +209,28 @@ def _multiply_gradient_in_parts(parts, starts, cells, values, d_out, d_weight):
         _multiply_gradient(part * n // parts, (part + 1) * n // parts, starts, cells, values, d_out, d_weight)
 
 
+def all_counts(values: np.ndarray, largest: float) -> bool:
+    """Whether all of these float32 numbers are whole, not negative and at most ``largest``."""
+    return in_parallel(_all_counts_in_parts, values, np.float32(largest))
+
+
+@parallel
+def _all_counts_in_parts(n_parts, values, largest):
+    n_bad = 0
+    for part in prange(n_parts):
+        n_bad += not _all_counts(values[part * len(values) // n_parts : (part + 1) * len(values) // n_parts], largest)
+    return n_bad == 0
+
+
+@kernel
+def _all_counts(values, largest):
+    widest_vectors()
+    all_counts = True
+    for i in range(len(values)):  # to the end, whatever is found: so it goes over many at a time
+        all_counts &= (values[i] == np.trunc(values[i])) & (values[i] >= 0) & (values[i] <= largest)
+    return all_counts
+
+
 def sums_by_set(counts: csr_matrix, sets: np.ndarray, per_cell: np.ndarray, n_sets: int) -> np.ndarray:
     """Sums over the cells of each set, (3, S, G): of their counts, of counts times ``per_cell``, and of cells with any.
 
@@ -230,9 +252,10 @@ def _sums_by_set_in_parts(n_parts, parts, indptr, genes, values, sets, per_cell)
 @kernel
 def _sums_by_set(sums, indptr, genes, values, sets, per_cell, first, stop):
     for cell in range(first, stop):
-        of_set = sums[:, sets[cell]]
+        of_counts, weighted, of_cells = sums[0, sets[cell]], sums[1, sets[cell]], sums[2, sets[cell]]
+        weight = per_cell[cell]
         for i in range(indptr[cell], indptr[cell + 1]):
-            gene, value = genes[i], values[i]
-            of_set[0, gene] += value
-            of_set[1, gene] += value * per_cell[cell]
-            of_set[2, gene] += value > 0
+            gene, value = np.uint32(genes[i]), values[i]  # unsigned: an index that may count from the end costs time
+            of_counts[gene] += value
+            weighted[gene] += value * weight
+            of_cells[gene] += value > 0

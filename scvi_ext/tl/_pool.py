@@ -76,16 +76,16 @@ class Pool:
         histograms, mean_scale = np.zeros(shape, np.float32), np.zeros((self.n_sets, n_genes))
         for d, batch in enumerate(self.batches):
             total, sums = np.zeros(self.n_sets), np.zeros_like(mean_scale)
-            for of_draw, position, scale, weights in self._draws(d, batch):
-                in_parallel(changes.add, histograms[d], position[:, genes], of_draw, weights)
-                in_parallel(changes.add_up, sums, scale, of_draw, weights)
+            for of_draw, scale, weights in self._draws(d, batch):
+                in_parallel(changes.locate, scale, sums, of_draw, weights, LOWEST, self.n_bins)
+                in_parallel(changes.add, histograms[d], scale[:, genes], of_draw, weights)
                 total += np.bincount(of_draw, weights, self.n_sets)
             self.totals[d] = total
             mean_scale += sums / total[:, None] / len(self.batches)
         return histograms, mean_scale
 
     def _draws(self, d: int, batch: int | None) -> Iterator[tuple[np.ndarray, ...]]:
-        """Sets, positions, scales and weights of all draws in a decode batch, the same ones every time."""
+        """Sets, scales and weights of all draws in a decode batch, the same ones every time."""
         module, n_genes = self.fitted.module, self.fitted.store.n_genes
         for first in range(0, len(self.rows[d]), _CELLS_AT_ONCE):
             rows = self.rows[d][first : first + _CELLS_AT_ONCE]
@@ -95,15 +95,12 @@ class Pool:
                 seed=int(np.random.default_rng([self.seed, d, first]).integers(2**63)),
                 floats_per_cell=self.per_cell * max(n_genes, module.n_noise),
             )
-            for stretch, (position, scale, weights) in drawn:
+            for stretch, (scale, weights) in drawn:
                 self.n_decoded += len(weights)
-                yield np.repeat(self.sets[rows[stretch]], self.per_cell), position, scale, weights
+                yield np.repeat(self.sets[rows[stretch]], self.per_cell), scale, weights
 
     def _draw(self, cells: Minibatch, draws: Draws, batch: int | None) -> tuple[torch.Tensor, ...]:
-        """Positions of the log2 scale among the bins, scales, and weights; the S draws of a cell come together.
-
-        Shapes (B * S, G), (B * S, G), (B * S,).
-        """
+        """Scales, (B * S, G), and weights, (B * S,); the S draws of a cell come together."""
         module = self.fitted.module
         noise = draws.normal(len(cells.x), self.per_cell, module.n_noise)
         posteriors = module.posteriors(cells)
@@ -119,5 +116,4 @@ class Pool:
         else:
             scale = torch.stack(scales, 1).flatten(0, 1)
             weights = (torch.softmax(torch.stack(log_weights, 1), 1) * self.per_cell).flatten()
-        position = torch.log2(scale).sub_(LOWEST).mul_(changes.PER_DOUBLING).clamp_(0, self.n_bins - 1.001)
-        return position, scale, weights
+        return scale, weights

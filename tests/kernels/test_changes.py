@@ -60,6 +60,26 @@ def test_a_draw_between_two_bins_is_split_in_proportion():
     assert found.sum() == 2
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_scales_are_summed_by_set_and_become_positions_of_their_logarithm(n_threads, rng):
+    lowest, scales = -10, rng.lognormal(-2, 2, (20, 7)).astype(np.float32)
+    scales[0, :4] = 0, 2.0**lowest, 0.25, 1000  # none, the first bin, a power of two, beyond the last bin
+    sets, weights, sums = rng.integers(0, 3, 20), rng.random(20).astype(np.float32), np.zeros((3, 7))
+    positions, before = scales.copy(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        in_parallel(changes.locate, positions, sums, sets, weights, lowest, N_BINS)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(sums, (np.eye(3)[sets].T * weights) @ scales, rtol=1e-6)  # float32 products
+    with np.errstate(divide="ignore"):
+        expected = (np.log2(scales, dtype=np.float64) - lowest) * changes.PER_DOUBLING
+    # float32 holds positions to 3e-5
+    np.testing.assert_allclose(positions, np.clip(expected, 0, N_BINS - 1.001), atol=1e-4)
+    assert positions.min() >= 0
+    assert positions.max() < N_BINS - 1
+
+
 def test_probabilities_are_the_shares_of_all_pairs(whole):
     a, b = whole
     both = histogram(np.concatenate([a, b]), np.repeat([0, 1], [60, 90]), 2)[None]
