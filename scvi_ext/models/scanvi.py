@@ -146,8 +146,9 @@ class SCANVI(CountVAE):
             return Classifier(n_latent, n_hidden, n_classes, layers, dropout_rate, logits=True, **in_encoder)
 
         self.classifier = classifier(n_labels)
-        self.register_buffer("groups", _groups(labels_groups, n_labels))
-        self.group_classifier = None if self.groups is None else classifier(int(self.groups.max()) + 1)
+        groups = _groups(labels_groups, n_labels)
+        self.register_buffer("groups", None if groups is None else torch.as_tensor(groups))
+        self.group_classifier = None if groups is None else classifier(groups.max() + 1)
         self.encoder_z2_z1 = Encoder(n_latent, n_latent, [n_labels], n_layers, n_hidden, dropout_rate, **in_encoder)
         self.decoder_z1_z2 = Decoder(n_latent, n_latent, [n_labels], n_layers, n_hidden, **in_decoder)
         self.decoder = DecoderSCVI(
@@ -299,7 +300,7 @@ class SCANVI(CountVAE):
         return [self.transform_z(z1), self.encoder_z2_z1.posterior(z1, labels).loc]
 
 
-def _groups(labels_groups: Sequence[Hashable] | None, n_labels: int) -> Tensor | None:
+def _groups(labels_groups: Sequence[Hashable] | None, n_labels: int) -> np.ndarray | None:
     """Codes of the groups of the labels, shape (C,)."""
     if labels_groups is None:
         return None
@@ -312,7 +313,7 @@ def _groups(labels_groups: Sequence[Hashable] | None, n_labels: int) -> Tensor |
     if not 1 < len(names) < n_labels:
         msg = f"labels_groups has no effect with {len(names)} groups of {n_labels} labels."
         raise ValueError(msg)
-    return torch.as_tensor(codes)
+    return codes
 
 
 SPEC = ModelSpec(

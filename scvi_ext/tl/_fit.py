@@ -103,7 +103,8 @@ def fit(
         Name of the fit, from which the slots of its read-outs are named; the name of the model by default.
     init_from
         Name of a fit to start from, of a model that is part of this one: a ``"scvi"`` fit for ``"scanvi"``. Its options
-        and weights are taken over, and the plan is shorter. Labels may have been registered since.
+        and weights are taken over, and without ``kl_warmup`` the KL weight is 1 from the first step on. Labels may have
+        been registered since. For a ``"classifier"`` it is the fit that it stands on, see :doc:`/user_guide/scanvi`.
     max_epochs
         Passes over the training cells; None takes the plan's.
     batch_size
@@ -295,6 +296,8 @@ def _prepare(
     genes = adata.var_names if start is None else start.var_names
     store = CellStore.from_adata(adata, registry, var_names=genes, columns=needed)
     _check_labels(spec, store, needed, train, n_samples_per_label)
+    if start is not None and plan["kl_warmup"] is None:
+        plan = plan | {"kl_warmup": 0.0}  # the latent space is there already
     if all(stream.labelled_only for stream in spec.streams):
         train = train[store.labels[train] >= 0]
     plan_ = make_plan(
