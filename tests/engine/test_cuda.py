@@ -57,12 +57,24 @@ def test_a_fit_learns_and_goes_on_exactly(adata):
         np.testing.assert_array_equal(after[name], array)
 
 
-@pytest.mark.parametrize("options", [{}, {"library": "latent", "n_layers": 2, "reconstruction_loss": "nb"}], ids=str)
-def test_a_captured_step_is_the_step_to_the_last_bit(options, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("scvi", {}),
+        ("scvi", {"library": "latent", "n_layers": 2, "reconstruction_loss": "nb"}),
+        ("scanvi", {}),
+        ("scanvi", {"dispersion": "gene-label", "training": "alternate", "n_samples_per_label": 10}),
+        ("vaec", {"library": "latent"}),
+        ("classifier", {}),
+    ],
+    ids=str,
+)
+def test_a_captured_step_is_the_step_to_the_last_bit(model, options, monkeypatch):
     def state_of(adata):
-        sx.pp.setup_anndata(adata, batch_key="batch")
-        sx.tl.fit(adata, max_epochs=7, batch_size=32, device="cuda", seed=3, **options)  # 9 steps an epoch: 8 and 1
-        return adata.uns["scvi_ext"]["fits"]["scvi"]["state"]
+        adata.obs["known"] = adata.obs["labels"].astype(str).where(np.arange(adata.n_obs) % 2 == 0, "?")
+        sx.pp.setup_anndata(adata, batch_key="batch", labels_key="known", unlabeled_category="?")
+        sx.tl.fit(adata, model, max_epochs=7, batch_size=32, device="cuda", seed=3, **options)  # 9 steps: 8 and 1
+        return adata.uns["scvi_ext"]["fits"][model]["state"]
 
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing")
