@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -13,26 +12,17 @@ from scanpy import logging as logg
 
 from scvi_ext import models, results
 from scvi_ext._contract import Capability, SavedFit
-from scvi_ext._errors import ScviExtWarning, listing, number, unknown_keyword, whole_number
-from scvi_ext._keys import UNS, valid_key
-from scvi_ext.data.registry import (
-    Registry,
-    check_fit_matches_setup,
-    differing_slots,
-    read_fit,
-    read_root,
-    read_setup,
-)
+from scvi_ext._errors import ScviExtWarning, listing
+from scvi_ext._keys import UNS
+from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.data.sampler import split_cells
-from scvi_ext.data.store import CellStore
 from scvi_ext.engine import fit as engine
-from scvi_ext.engine.checkpoint import load_module, module_arrays
+from scvi_ext.engine.checkpoint import module_arrays
 from scvi_ext.engine.device import check_precision, resolve_device, resolve_seed, seeded
 from scvi_ext.engine.map_cells import map_cells
-from scvi_ext.engine.plan import Plan, make_plan
-from scvi_ext.fitted import columns_read, require
 from scvi_ext.functional import fused
 from scvi_ext.functional.calibration import fit_temperature
+from scvi_ext.tl._prepare_fit import prepare, reopen
 
 if TYPE_CHECKING:
     from typing import Any, Literal
@@ -42,23 +32,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from scvi_ext._contract import ModelSpec
+    from scvi_ext.data.store import CellStore
     from scvi_ext.engine.fit import Progress
-
-# What scvi-tools calls these options.
-_RENAMED = {
-    "accelerator": "device",
-    "batch_key": "an argument of pp.setup_anndata",
-    "early_stopping_patience": "early_stopping=<number of epochs>",
-    "gene_likelihood": "reconstruction_loss",
-    "labels_key": "an argument of pp.setup_anndata",
-    "layer": "an argument of pp.setup_anndata",
-    "n_epochs": "max_epochs",
-    "n_epochs_kl_warmup": "kl_warmup (a share of the steps)",
-    "plan_kwargs": "lr, kl_warmup and weight_decay",
-    "use_gpu": "device",
-    "use_observed_lib_size": "library='observed' or library='latent'",
-    "use_size_factor_key": "library='size_factor'",
-}
+    from scvi_ext.engine.plan import Plan
 
 
 def fit(
@@ -186,12 +162,13 @@ def fit(
     adata = adata.copy() if copy else adata
     target = resolve_device(device)
     if resume:
-        fitted, module, store, plan_, resumed_from = _reopen(adata, key_added, model, asked)
+        fitted, module, store, plan_, resumed_from = reopen(adata, key_added, model, asked)
     else:
-        fitted, module, store, plan_ = _prepare(
+        fitted, module, store, plan_ = prepare(
             adata,
             model,
             model_params,
+            keywords=[name for name in _DEFAULTS if name not in ("adata", "model", "model_params")],
             key_added=key_added,
             plan={
                 "name": plan,
@@ -214,8 +191,11 @@ def fit(
     run, spec = fitted.run, models.get(fitted.model)
     train, validation = split_cells(store.n_cells, run["train_size"], run.get("validation_size"), run["seed"])
     with seeded(run["seed"] + 1, target):  # initial weights took run["seed"]
+        learned = any(stream.labelled_only for stream in spec.streams)
+        labelled = f" ({(store.labels[train] >= 0).sum()} with a label)" if learned else ""
         start = logg.info(
-            f"fitting {fitted.model} on {len(train)} cells x {store.n_genes} genes, {len(validation)} held out"
+            f"fitting {fitted.model} on {len(train)} cells{labelled} x {store.n_genes} genes, "
+            f"{len(validation)} held out"
         )
         done, state_of_run = engine.fit(
             module,
@@ -264,216 +244,6 @@ _RUN_ARGUMENTS = {
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
 
 
-def _prepare(
-    adata: AnnData,
-    model: str,
-    model_params: dict,
-    *,
-    key_added: str | None,
-    plan: dict,
-    split: dict,
-    init_from: str | None,
-    n_samples_per_label: int | None,
-    early_stopping: bool | int,
-    seed: int,
-    checkpoint: bool,
-    precision: str,
-) -> tuple[SavedFit, Any, CellStore, Plan]:
-    """Check everything, read the cells, and build the module and the plan of a new fit. Writes nothing."""
-    spec = models.get(model)
-    registry = read_setup(adata)
-    start = None if init_from is None else _start(adata, init_from, registry)
-    encloses = start is not None and Capability.COUNTS not in spec.capabilities  # the fit becomes a part, as it is
-    config = _config(spec, registry, model_params, None if encloses else start)
-    frozen = {"model": start.model, "config": start.config} if encloses else None
-    key = valid_key(spec.name if key_added is None else key_added)
-    if encloses:
-        require(Capability.COUNTS, start)
-    needed = columns_read(spec.name, asdict(config), frozen)
-    _check_needs(registry, needed, spec.name)
-    train, validation = split_cells(adata.n_obs, **split, seed=seed)
-    # By name, so that genes that share one are refused here and not when the fit is used.
-    genes = adata.var_names if start is None else start.var_names
-    store = CellStore.from_adata(adata, registry, var_names=genes, columns=needed)
-    _check_labels(spec, store, needed, train, n_samples_per_label)
-    if start is not None and plan["kl_warmup"] is None:
-        plan = plan | {"kl_warmup": 0.0}  # the latent space is there already
-    if all(stream.labelled_only for stream in spec.streams):
-        train = train[store.labels[train] >= 0]
-    plan_ = make_plan(
-        n_cells=adata.n_obs,
-        n_train=len(train),
-        peak_lr=spec.peak_lr,
-        effort=spec.effort,
-        **plan,
-    )
-    patience = _patience(early_stopping, plan_, len(validation))
-    with seeded(seed, resolve_device("cpu")):
-        module = models.build(spec, config, store.summary(registry), frozen)
-    if start is not None:
-        _take_over(module.frozen if encloses else module, start, spec)
-    run = {
-        "plan": asdict(plan_),
-        **split,
-        "seed": seed,
-        "init_from": init_from,
-        "n_samples_per_label": n_samples_per_label,
-        "patience": patience,
-        "checkpoint": checkpoint,
-        "precision": precision,
-    }
-    fitted = SavedFit(
-        key=key,
-        model=spec.name,
-        config=asdict(config),
-        run=run,
-        setup=registry.to_uns(),
-        var_names=np.asarray(genes, dtype=object),
-        state={},
-        history=pd.DataFrame(),
-        status={},
-        frozen=frozen,
-    )
-    return fitted, module, store, plan_
-
-
-def _reopen(
-    adata: AnnData, key_added: str | None, model: str, asked: dict
-) -> tuple[SavedFit, Any, CellStore, Plan, dict[str, np.ndarray]]:
-    """The same for a fit that goes on."""
-    fitted = read_fit(adata, model if key_added is None else key_added)
-    check_fit_matches_setup(fitted, adata)
-    if model != fitted.model:
-        msg = f"Fit {fitted.key!r} is of the model {fitted.model!r}, not {model!r}: resume it as that."
-        raise ValueError(msg)
-    if asked:
-        msg = f"resume=True goes on with the options of the run it continues; leave out {listing(asked)}."
-        raise ValueError(msg)
-    if fitted.checkpoint is None:
-        msg = (
-            f"Fit {fitted.key!r} was kept without a checkpoint, so it cannot go on. Fit again with checkpoint=True "
-            "(an interrupted fit keeps one by itself)."
-        )
-        raise ValueError(msg)
-    registry = Registry.from_uns(fitted.setup)
-    spec = models.get(fitted.model)
-    config = spec.config(**fitted.config)
-    columns = columns_read(fitted.model, fitted.config, fitted.frozen)
-    store = CellStore.from_adata(adata, registry, var_names=fitted.var_names, columns=columns)
-    if store.fingerprint() != fitted.status["data"]:
-        msg = (
-            f"Fit {fitted.key!r} was trained on other data: cells, counts or covariates of adata have changed since. "
-            "Resume on the same cells in the same order, or fit anew."
-        )
-        raise ValueError(msg)
-    with seeded(0, resolve_device("cpu")):  # a module draws initial weights, even if it is given others
-        module = models.build(spec, config, store.summary(registry), fitted.frozen)
-    return fitted, module, store, Plan(**fitted.run["plan"]), dict(fitted.checkpoint)
-
-
-def _config(spec: ModelSpec, registry: Registry, model_params: dict, start: SavedFit | None) -> Any:
-    valid = {f.name for f in fields(spec.config)}
-    for name in model_params:
-        if name not in valid:
-            own = [n for n in _DEFAULTS if n not in ("adata", "model", "model_params")]
-            raise unknown_keyword(f"tl.fit(model={spec.name!r})", name, [*own, *valid], _RENAMED.get(name))
-    if start is not None:
-        model_params = _options_of(start, valid) | model_params
-        changed = [name for name in start.config.keys() & valid if model_params[name] != start.config[name]]
-        if changed:
-            found = ", ".join(f"{name}={start.config[name]!r}" for name in sorted(changed))
-            msg = f"init_from={start.key!r} takes over the options of that fit, {found}: leave these out."
-            raise ValueError(msg)
-    elif registry.size_factor_key is not None and "library" in valid:
-        model_params = {"library": "size_factor"} | model_params
-    for field in fields(spec.config):
-        value = model_params.get(field.name)
-        if value is None and field.default is None:
-            continue
-        if field.default is None:
-            model_params[field.name] = _by_label(field.name, value, registry)
-        elif field.name in model_params:
-            _check_type(field.name, value, field.default)
-    return spec.config(**model_params)
-
-
-def _options_of(start: SavedFit, valid: set[str]) -> dict:
-    return {name: value for name, value in start.config.items() if name in valid}
-
-
-def _by_label(name: str, value: Any, registry: Registry) -> tuple:
-    """An option with a value for each label, in the order of the labels."""
-    labels = registry.labels_categories
-    if isinstance(value, Mapping):
-        value = {str(label): of_label for label, of_label in value.items()}
-        absent, unknown = sorted(set(labels) - value.keys()), sorted(value.keys() - set(labels))
-        if absent or unknown:
-            msg = f"{name} must name every label once: {listing(absent)} missing, {listing(unknown)} unknown."
-            raise ValueError(msg)
-        return tuple(value[label] for label in labels)
-    if isinstance(value, str) or not np.iterable(value):
-        msg = f"{name}={value!r} is a {type(value).__name__}; a mapping from labels to values is needed."
-        raise TypeError(msg)
-    return tuple(value)
-
-
-def _start(adata: AnnData, init_from: str, registry: Registry) -> SavedFit:
-    """The fit to start from, if it was trained on what is registered now; labels may have come since."""
-    start = read_fit(adata, init_from)
-    trained = Registry.from_uns(start.setup)
-    unlike = [name for name in differing_slots(trained, registry) if name not in ("labels_key", "unlabeled_category")]
-    for name in (*unlike, "batch_categories", "covariate_categories"):
-        if getattr(trained, name) != getattr(registry, name):
-            msg = (
-                f"init_from={init_from!r}: that fit was trained with {name}={getattr(trained, name)!r}, and "
-                f"{getattr(registry, name)!r} is registered now. Set up as before, but for the labels."
-            )
-            raise ValueError(msg)
-    return start
-
-
-def _take_over(module: nn.Module, start: SavedFit, spec: ModelSpec) -> None:
-    """Copy the weights of a fit into a module of which its model is a part."""
-    state = module.state_dict()
-    if any(name not in state or state[name].shape != array.shape for name, array in start.state.items()):
-        msg = (
-            f"init_from={start.key!r}: the model {start.model!r} of that fit, with its labels, is no part of "
-            f"{spec.name!r}, so its weights cannot be taken over. Fit without init_from."
-        )
-        raise ValueError(msg)
-    load_module(module, module_arrays(module) | dict(start.state))
-
-
-def _check_labels(
-    spec: ModelSpec, store: CellStore, needed: frozenset[str], train: np.ndarray, n_samples_per_label: int | None
-) -> None:
-    learned = any(stream.labelled_only for stream in spec.streams)
-    if n_samples_per_label is not None:
-        whole_number("n_samples_per_label", n_samples_per_label, 1)
-        if not learned:
-            msg = f"n_samples_per_label has no effect: the model {spec.name!r} does not learn labels."
-            raise ValueError(msg)
-    if "labels" not in needed:
-        return
-    unlabelled = store.labels < 0
-    if unlabelled.any() and not learned:
-        msg = (
-            f"{unlabelled.sum()} of {store.n_cells} cells have no label, and dispersion='gene-label' needs one "
-            "for every cell: leave these cells out, or take another dispersion."
-        )
-        raise ValueError(msg)
-    # Cells of a minibatch: one is enough beside others, three where they are all there is (batch normalisation).
-    least = 3 if all(stream.labelled_only for stream in spec.streams) else 1
-    n_known = int((~unlabelled[train]).sum())
-    if learned and n_known < least:
-        msg = (
-            f"{n_known} of the {len(train)} training cells have a label ({(~unlabelled).sum()} of all {store.n_cells} "
-            f"cells have one), and model {spec.name!r} needs {least} or more to learn from: label more cells, or take "
-            "a larger train_size."
-        )
-        raise ValueError(msg)
-
-
 def _calibration(
     done: Progress, spec: ModelSpec, module: nn.Module, store: CellStore, held_out: np.ndarray
 ) -> dict[str, Any]:
@@ -487,42 +257,6 @@ def _calibration(
     log_qy = [log_qy for _, (log_qy,) in parts]
     temperature = fit_temperature(np.concatenate(log_qy), labelled.labels) if log_qy else 1.0
     return {"temperature": temperature, "n_calibration": len(cells)}
-
-
-def _check_type(name: str, value: Any, default: Any) -> None:
-    """Raise a TypeError unless ``value`` is of the kind of the option's default."""
-    if isinstance(default, bool | str):
-        if not isinstance(value, type(default)):
-            expected = "True or False" if isinstance(default, bool) else "a name"
-            msg = f"{name}={value!r} is a {type(value).__name__}; {expected} is needed."
-            raise TypeError(msg)
-    elif isinstance(default, int):
-        whole_number(name, value, 1)
-    else:
-        number(name, value)
-
-
-def _check_needs(registry: Registry, needed: frozenset[str], model: str) -> None:
-    keys = {"labels": "labels_key", "size_factor": "size_factor_key", "protein": "protein_obsm_key"}
-    for column in sorted(needed & keys.keys()):
-        if getattr(registry, keys[column]) is None:
-            msg = (
-                f"Model {model!r} with these options needs {keys[column]}, which is not registered: call "
-                f"pp.setup_anndata(adata, {keys[column]}=...)."
-            )
-            raise ValueError(msg)
-
-
-def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int | None:
-    if early_stopping is False:
-        return None
-    if early_stopping is not True and (not isinstance(early_stopping, int | np.integer) or early_stopping < 1):
-        msg = f"early_stopping={early_stopping!r} must be True, False or a number of epochs, 1 or more."
-        raise ValueError(msg)
-    if n_validation == 0:
-        msg = "early_stopping watches held-out cells, and there are none: choose a smaller train_size."
-        raise ValueError(msg)
-    return plan.patience if early_stopping is True else int(early_stopping)
 
 
 def _log_plan(plan: Plan, seconds: float, device: torch.device, spec: ModelSpec, module: nn.Module, how: str) -> None:

@@ -195,6 +195,16 @@ def test_early_stopping_restores_the_best_state(partly, model):
     assert status["best_epoch"] == watched.idxmax()
 
 
+def test_early_stopping_needs_a_held_out_cell_with_a_label(counts):
+    known = np.full(counts.n_obs, "?", dtype=object)
+    train, _ = split_cells(counts.n_obs, 0.9, None, 0)
+    known[train[:30]] = counts.obs["cell_type"].astype(str).iloc[train[:30]]
+    counts.obs["known"] = known
+    sx.pp.setup_anndata(counts, labels_key="known", unlabeled_category="?")
+    with pytest.raises(ValueError, match="early_stopping watches held-out cells, and there are none"):
+        sx.tl.fit(counts, "classifier", early_stopping=True)
+
+
 def test_a_fit_can_start_from_one_without_labels(counts):
     sx.pp.setup_anndata(counts, batch_key="batch")
     sx.tl.fit(counts, "scvi", max_epochs=20, n_latent=4, n_hidden=16)
@@ -265,6 +275,8 @@ def test_every_read_out_works_with_every_dispersion_and_without_labels(partly, m
         ("scanvi", {"classification_ratio": -1.0}, "classification_ratio=-1.0 is a weight"),
         ("classifier", {"classifies": "z"}, "there is no fitted model to make that of"),
         ("classifier", {"n_latent": 5}, "has no keyword 'n_latent'"),
+        ("classifier", {"kl_warmup": 0.5}, "kl_warmup has no effect: the model 'classifier' has no KL divergence"),
+        ("scanvi", {"unlabeled_category": "?"}, "it is called an argument of pp.setup_anndata here"),
     ],
 )
 def test_what_is_wrong_is_said(partly, model, options, message):
