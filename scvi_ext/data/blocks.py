@@ -97,7 +97,8 @@ class Block:
 
     def __init__(self, store: CellStore, device: torch.device, start: int = 0, stop: int | None = None):
         self.device = device
-        counts = store.counts if start == 0 and stop is None else store.counts[start:stop]
+        whole = start == 0 and (stop is None or stop >= store.n_cells)
+        counts = store.counts if whole else store.counts[start:stop]
         if not counts.has_canonical_format:  # kernels go over each gene of a cell once
             counts = counts.copy()
             counts.sum_duplicates()

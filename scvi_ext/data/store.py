@@ -273,7 +273,9 @@ class CellStore:
         """The cells at these positions, in their order, as often as they are named."""
         fields = ("counts", "batch_index", "labels", "size_factor", "categorical", "continuous", "protein", "obs_names")
         columns = {name: getattr(self, name) for name in fields}
-        return replace(self, **{name: None if c is None else c[rows] for name, c in columns.items()})
+        taken = replace(self, **{name: None if c is None else c[rows] for name, c in columns.items()})
+        taken.counts.has_canonical_format = self.counts.has_canonical_format  # which SciPy would look for again
+        return taken
 
     def summary(self, registry: Registry) -> DataSummary:
         """Sizes, and mean and variance of the log library size of the cells with a positive finite sum in each batch.

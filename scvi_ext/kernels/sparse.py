@@ -68,13 +68,13 @@ class SparseRows:
             msg = f"dim={dim}: sparse rows are summed over genes only, dim=-1."
             raise ValueError(msg)
         sums = torch.empty(len(self))
-        _row_sums(*arrays(self.indptr, self.values, sums))
+        in_parallel(_row_sums_in_parts, *arrays(self.indptr, self.values, sums))
         return sums.unsqueeze(-1) if keepdim else sums
 
     def to_dense(self) -> Tensor:
         """All entries, shape (B, G), float32."""
         dense = torch.zeros(self.shape)
-        _fill(*arrays(self.indptr, self.genes, self.values, dense))
+        in_parallel(_fill_in_parts, *arrays(self.indptr, self.genes, self.values, dense))
         return dense
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -137,19 +137,32 @@ def _gather_in_parts(parts, indptr, genes, values, rows):
 
 
 @kernel
-def _row_sums(indptr, values, sums):
-    for i in range(sums.size):
+def _row_sums(begin, end, indptr, values, sums):
+    for i in range(begin, end):
         total = 0.0
         for e in range(indptr[i], indptr[i + 1]):
             total += values[e]
         sums[i] = total
 
 
+@parallel
+def _row_sums_in_parts(parts, indptr, values, sums):
+    for part in prange(parts):
+        _row_sums(part * sums.size // parts, (part + 1) * sums.size // parts, indptr, values, sums)
+
+
 @kernel
-def _fill(indptr, genes, values, dense):
-    for i in range(dense.shape[0]):
+def _fill(begin, end, indptr, genes, values, dense):
+    for i in range(begin, end):
         for e in range(indptr[i], indptr[i + 1]):
             dense[i, genes[e]] += values[e]
+
+
+@parallel
+def _fill_in_parts(parts, indptr, genes, values, dense):
+    n = dense.shape[0]
+    for part in prange(parts):
+        _fill(part * n // parts, (part + 1) * n // parts, indptr, genes, values, dense)
 
 
 @fast
