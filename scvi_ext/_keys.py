@@ -133,3 +133,8 @@ def valid_key(key: object) -> str:
         msg = f"key_added={key!r} must be a name, not '.' or '..', and without '/' (h5ad and zarr take it for a path)."
         raise ValueError(msg)
     return key
+
+
+def column_name(name: str) -> str:
+    """``name`` as a column of a table in ``obsm`` or ``varm``: h5ad and zarr take "/" for a path, so it becomes "|"."""
+    return name.replace("/", "|")

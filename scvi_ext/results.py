@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_ext._keys import FORMAT, IN_QUERY, UNS
+from scvi_ext._keys import FORMAT, IN_QUERY, UNS, column_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -123,7 +123,7 @@ def write_obsm(
     """``obsm[name]``, as a table where its columns have ``names``; cells other than ``rows`` are NaN."""
     _own(adata)
     values = _spread(values, adata.n_obs, rows)
-    adata.obsm[name] = values if names is None else pd.DataFrame(values, index=adata.obs_names, columns=list(names))
+    adata.obsm[name] = values if names is None else _table(values, adata.obs_names, names)
 
 
 def write_varm(
@@ -132,7 +132,7 @@ def write_varm(
     """``varm[name]`` of the genes at ``columns``, as a table where its columns have ``names``; others are NaN."""
     _own(adata)
     values = _spread(values, adata.n_vars, columns)
-    adata.varm[name] = values if names is None else pd.DataFrame(values, index=adata.var_names, columns=list(names))
+    adata.varm[name] = values if names is None else _table(values, adata.var_names, names)
 
 
 def write_layers(
@@ -188,6 +188,10 @@ def write_uns(adata: AnnData, name: str, value: Mapping) -> None:
     """``uns[name]``, replacing an earlier one."""
     _own(adata)
     adata.uns[name] = dict(value)
+
+
+def _table(values: np.ndarray, index: pd.Index, names: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(values, index=index, columns=[column_name(name) for name in names])
 
 
 def _spread(values: np.ndarray, n: int, where: np.ndarray | None) -> np.ndarray:

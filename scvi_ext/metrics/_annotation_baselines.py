@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 
 from scvi_ext import results
 from scvi_ext._errors import listing, missing_key, one_of, whole_number
-from scvi_ext._keys import ANNOTATION, UNS, FitKeys, valid_key
+from scvi_ext._keys import ANNOTATION, UNS, FitKeys, column_name, valid_key
 from scvi_ext.data.labels import read_labels
 from scvi_ext.data.registry import Registry, column, read_fit, read_root, read_setup
 from scvi_ext.data.store import CellStore
@@ -223,7 +223,7 @@ def _read_prediction(
     table = adata.obsm.get(keys.probabilities)
     if isinstance(table, pd.DataFrame):
         probabilities = table.to_numpy(np.float64)
-        of_column = pd.Index(names).get_indexer(table.columns.astype(str))
+        of_column = pd.Index(map(column_name, names)).get_indexer(table.columns.astype(str))
         return of_column[probabilities.argmax(axis=1)], probabilities.max(axis=1), complete(probabilities)
     if keys.confidence in adata.obs:
         confidence = column(adata.obs, keys.confidence).to_numpy(np.float64)

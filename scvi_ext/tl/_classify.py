@@ -66,7 +66,8 @@ def classify(
     ``adata.obs["<key>_confidence"]``
         float32: its probability.
     ``adata.obsm["<key>_probabilities"]``
-        Table, float32, cells x labels: all probabilities. They sum to 1.
+        Table, float32, cells x labels: all probabilities. They sum to 1. A "/" in a label, which h5ad does not allow in
+        the name of a column, is "|" there.
 
     Raises
     ------

@@ -130,6 +130,26 @@ def test_only_the_chosen_cells_are_classified(partly):
     assert np.isnan(found[~chosen]).all()
 
 
+def test_a_label_with_a_slash_can_be_written_to_a_file(counts, tmp_path):
+    """h5ad takes "/" for a path. Warnings are errors here, and anndata warns of such a column."""
+    counts.obs["cell_type"] = counts.obs["cell_type"].cat.rename_categories({"t1": "T/NK"})
+    counts.obs["known"] = counts.obs["cell_type"].astype(str).where(np.arange(counts.n_obs) % 2 == 0, "?")
+    sx.pp.setup_anndata(counts, labels_key="known", unlabeled_category="?")
+    sx.tl.fit(counts, "classifier", **SHORT)
+    sx.tl.classify(counts)
+    assert list(counts.obsm["classifier_probabilities"].columns) == ["T|NK", "t0", "t2"]
+    assert list(counts.obs["classifier_prediction"].cat.categories) == ["T/NK", "t0", "t2"]
+    counts.obsm["X_rep"] = np.eye(3)[counts.obs["cell_type"].cat.codes]
+    sx.metrics.annotation_baselines(counts, "cell_type", use_rep="X_rep", classifiers={})
+    right = (counts.obs["classifier_prediction"].astype(str) == counts.obs["cell_type"].astype(str)).to_numpy()
+    found = sx.get.annotation_df(counts).loc["classifier", "accuracy"]
+    assert found == pytest.approx(right[(counts.obs["known"] == "?").to_numpy()].mean())
+    counts.write_h5ad(tmp_path / "a.h5ad")
+    pd.testing.assert_frame_equal(
+        ad.read_h5ad(tmp_path / "a.h5ad").obsm["classifier_probabilities"], counts.obsm["classifier_probabilities"]
+    )
+
+
 def test_unused_categories_never_become_predictions(counts):
     kinds = [*counts.obs["cell_type"].cat.categories, "phantom"]
     counts.obs["cell_type"] = counts.obs["cell_type"].cat.set_categories(kinds)
