@@ -160,8 +160,10 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch):
     assert adata.obs["leiden"].nunique() > 2
     (written,) = tmp_path.glob("*.h5ad")
     again = ad.read_h5ad(written)
-    sx.tl.get_latent(again, key_added="again")
+    sx.tl.get_latent(again, key="scvi", key_added="again")  # labels that came later do not concern it
     np.testing.assert_array_equal(again.obsm["again"], adata.obsm["X_scvi"])
+    sx.tl.classify(again, key_added="again")
+    assert (again.obs["again_prediction"] == adata.obs["scanvi_prediction"]).all()
 
 
 def test_real_counts_of_a_shared_file(shared_data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +80,15 @@ class Registry:
             library_log_means=(0.0,) * n_batch,
             library_log_vars=(0.0,) * n_batch,
         )
+
+    def read_by(self, columns: frozenset[str]) -> Registry:
+        """What a model that reads these optional columns sees of it: no labels or proteins that it does not read."""
+        read = self
+        if "labels" not in columns:
+            read = replace(read, labels_key=None, unlabeled_category=None, labels_categories=())
+        if "protein" not in columns:
+            read = replace(read, protein_obsm_key=None, protein_names=())
+        return read
 
 
 def _strings(values: Any) -> tuple[str, ...]:
@@ -168,7 +177,7 @@ def check_fit_matches_setup(fit: SavedFit, adata: AnnData) -> None:
     if UNS.setup not in read_root(adata):
         return
     trained, present = Registry.from_uns(fit.setup), read_setup(adata)
-    for name in differing_slots(trained, present):
+    for name in stale_slots(trained, present):
         msg = (
             f"The fit {fit.key!r} was trained with {name}={getattr(trained, name)!r}, and adata has since been set up "
             f"with {name}={getattr(present, name)!r}. Call scvi_ext.pp.setup_anndata with the former again to use this "
@@ -181,6 +190,13 @@ def differing_slots(one: Registry, other: Registry) -> list[str]:
     """Names of the fields in which two registries read other slots; their categories may differ."""
     names = [field.name for field in fields(Registry) if field.name not in _NOT_SLOTS]
     return [name for name in names if getattr(one, name) != getattr(other, name)]
+
+
+def stale_slots(trained: Registry, present: Registry) -> list[str]:
+    """The same of a fit and what is registered now, but for labels and proteins that the fit does not read at all."""
+    unread = set() if trained.labels_key else {"labels_key", "unlabeled_category"}
+    unread |= set() if trained.protein_obsm_key else {"protein_obsm_key"}
+    return [name for name in differing_slots(trained, present) if name not in unread]
 
 
 def column(obs: pd.DataFrame, key: str) -> pd.Series:

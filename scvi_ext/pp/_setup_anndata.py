@@ -15,7 +15,7 @@ from scvi_ext import results
 from scvi_ext._errors import ScviExtWarning, listing, missing_key, one_of, unknown_keyword
 from scvi_ext._keys import UNS
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
-from scvi_ext.data.registry import Registry, codes, differing_slots, read_root
+from scvi_ext.data.registry import Registry, codes, read_root, stale_slots
 from scvi_ext.data.store import check_in_memory, check_unique_genes, numeric_column, protein_matrix, size_factors
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def _log(adata: AnnData, registry: Registry) -> None:
         parts.append(f"{len(registry.protein_names)} proteins ({registry.protein_obsm_key!r})")
     logg.info(f"registered {', '.join(parts)}", deep=f"added\n    {UNS.root!r}, what models read (adata.uns)")
     fits = read_root(adata).get(UNS.fits, {})
-    stale = [key for key, fit in fits.items() if differing_slots(Registry.from_uns(fit["setup"]), registry)]
+    stale = [key for key, fit in fits.items() if stale_slots(Registry.from_uns(fit["setup"]), registry)]
     if stale:
         logg.warning(
             f"fits that were trained on other slots than are registered now: {listing(stale)}. They are kept, and "

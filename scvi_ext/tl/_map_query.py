@@ -14,7 +14,7 @@ from scvi_ext._contract import Capability, SavedFit
 from scvi_ext._errors import ScviExtWarning, listing, one_of, whole_number
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.query import read_query
-from scvi_ext.data.registry import Registry, differing_slots, read_fit, read_root, read_setup
+from scvi_ext.data.registry import Registry, differing_slots, read_fit, read_root, read_setup, stale_slots
 from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.adapt import train_on_query
 from scvi_ext.engine.checkpoint import module_arrays
@@ -342,7 +342,7 @@ def _write(adata: AnnData, mapped: SavedFit, query: Query) -> None:
     root = read_root(adata)
     if UNS.setup not in root or differing_slots(read_setup(adata), query.own):
         fits = root.get(UNS.fits, {})
-        stale = [key for key in fits if differing_slots(Registry.from_uns(fits[key]["setup"]), query.own)]
+        stale = [key for key in fits if stale_slots(Registry.from_uns(fits[key]["setup"]), query.own)]
         if stale:
             logg.warning(
                 f"fits that were trained on other slots than the reference reads: {listing(stale)}. They are kept, and "

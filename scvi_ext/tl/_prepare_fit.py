@@ -76,6 +76,7 @@ def prepare(
         require(Capability.COUNTS, start)
     needed = columns_read(spec.name, asdict(config), frozen)
     _check_needs(registry, needed, spec.name)
+    registry = registry.read_by(needed)
     train, validation = split_cells(adata.n_obs, **split, seed=seed)
     # By name, so that genes that share one are refused here and not when the fit is used.
     genes = adata.var_names if start is None else start.var_names

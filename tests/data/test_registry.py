@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from scvi_ext.data.registry import (
     codes,
     read_fit,
     read_setup,
+    stale_slots,
     used_categories,
 )
 
@@ -199,6 +202,19 @@ def test_fit_of_another_setup_is_refused_by_name(field, value):
         check_fit_matches_setup(fit, adata)
     for part in (f"{field}={getattr(FULL, field)!r}", f"{field}={value!r}", "setup_anndata", "tl.fit"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("columns", [frozenset(), frozenset({"labels"}), frozenset({"protein"})])
+def test_labels_and_proteins_that_a_fit_does_not_read_may_change(columns):
+    read = FULL.read_by(columns)
+    assert (read.labels_key, read.protein_obsm_key) == (
+        FULL.labels_key if "labels" in columns else None,
+        FULL.protein_obsm_key if "protein" in columns else None,
+    )
+    other = replace(FULL, labels_key="x", unlabeled_category=None, protein_obsm_key="y")
+    expected = [*(["labels_key", "unlabeled_category"] if "labels" in columns else [])]
+    expected += ["protein_obsm_key"] if "protein" in columns else []
+    assert stale_slots(read, other) == expected
 
 
 def test_other_categories_or_no_setup_are_fine():

@@ -50,7 +50,9 @@ def test_loadings_are_those_that_are_written(fitted):
     assert (table.dtypes == np.float32).all()
     sx.tl.get_loadings(fitted, key="ldvae")
     np.testing.assert_array_equal(table, fitted.varm["ldvae_loadings"])
-    with pytest.raises(ValueError, match="not possible with a 'scvi' fit, which has no 'get_loadings'; models that have it: 'ldvae'"):
+    with pytest.raises(
+        ValueError, match="not possible with a 'scvi' fit, which has no 'get_loadings'; models that have it: 'ldvae'"
+    ):
         sx.get.loadings_df(fitted)
 
 

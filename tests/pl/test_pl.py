@@ -18,6 +18,11 @@ def draw_imputation(adata, **options):
     return sx.pl.imputation(adata, **options)
 
 
+def draw_confusion(adata, **options):
+    adata.obs["guess"] = adata.obs["cell_type"].to_numpy()[::-1]
+    return sx.pl.confusion(adata, "cell_type", prediction_key="guess", **options)
+
+
 def draw_metrics(adata, **options):
     if "scvi_ext_metrics" not in adata.uns:
         for key in ("scvi", "ldvae"):
@@ -39,6 +44,7 @@ def draw_volcano(adata, **options):
 
 
 PLOTS = {
+    "confusion": draw_confusion,
     "history": lambda *a, **k: sx.pl.history(*a, **k),
     "imputation": draw_imputation,
     "metrics": draw_metrics,
