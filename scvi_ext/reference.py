@@ -9,7 +9,8 @@ from anndata import AnnData
 
 from scvi_ext import io
 from scvi_ext._contract import SavedFit
-from scvi_ext.data.registry import read_fit
+from scvi_ext._keys import UNS
+from scvi_ext.data.registry import read_fit, read_root
 
 _OWN = "model.json"  # in every folder of write_model, and in none of scvi-tools
 
@@ -29,6 +30,12 @@ def read_reference(reference: AnnData | SavedFit | str | PathLike, key: str | No
         ``key`` is given for what holds one fit only, or the file cannot be read.
     """
     if isinstance(reference, AnnData):
+        if not read_root(reference).get(UNS.fits):
+            msg = (
+                f"The reference has no fit (adata.uns[{UNS.root!r}]): call tl.fit on it first. The query comes first, "
+                "the reference second."
+            )
+            raise KeyError(msg)
         return read_fit(reference, key)
     if key is not None:
         msg = f"key={key!r} has no effect: only an AnnData has several fits to choose from."
@@ -45,4 +52,7 @@ def read_reference(reference: AnnData | SavedFit | str | PathLike, key: str | No
     if path.suffix in (".h5ad", ".zarr"):
         msg = f"{str(path)!r} holds an AnnData: read it with anndata, and pass that as the reference."
         raise ValueError(msg)
+    if not path.exists():
+        msg = f"The reference {str(path)!r} does not exist: give the folder that io.write_model or scvi-tools wrote."
+        raise FileNotFoundError(msg)
     return io.read_model(path) if (path / _OWN).is_file() else io.read_scvi_tools(path)

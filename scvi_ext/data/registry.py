@@ -193,9 +193,9 @@ def differing_slots(one: Registry, other: Registry) -> list[str]:
 
 
 def stale_slots(trained: Registry, present: Registry) -> list[str]:
-    """The same of a fit and what is registered now, but for labels and proteins that the fit does not read at all."""
-    unread = set() if trained.labels_key else {"labels_key", "unlabeled_category"}
-    unread |= set() if trained.protein_obsm_key else {"protein_obsm_key"}
+    """The same of a fit and what is registered now, but for labels and proteins that only one of them knows at all."""
+    unread = set() if trained.labels_key and present.labels_key else {"labels_key", "unlabeled_category"}
+    unread |= set() if trained.protein_obsm_key and present.protein_obsm_key else {"protein_obsm_key"}
     return [name for name in differing_slots(trained, present) if name not in unread]
 
 

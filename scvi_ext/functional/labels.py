@@ -34,17 +34,17 @@ def cross_entropy(log_qy: Tensor, labels: Tensor) -> Tensor:
 def log_prior(y_prior: object, n_labels: int) -> Tensor:
     """Logarithm of the probabilities of the labels, shape (C,), each 1 / C by default.
 
+    What is given may be any positive numbers in proportion, such as numbers of cells.
+
     Raises
     ------
     ValueError
-        They are not C positive numbers that sum to 1.
+        They are not C positive numbers.
     """
     # Checked on the host, whatever device torch makes tensors on.
-    prior = np.full(n_labels, 1 / n_labels) if y_prior is None else np.asarray(y_prior, dtype=np.float64).ravel()
-    if len(prior) != n_labels or not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
-        msg = (
-            f"y_prior={y_prior!r} must be {n_labels} positive probabilities that sum to 1, one for each label in the "
-            "order of the codes."
-        )
+    prior = np.ones(n_labels) if y_prior is None else np.asarray(y_prior, dtype=np.float64).ravel()
+    if len(prior) != n_labels or not ((prior > 0) & np.isfinite(prior)).all():
+        listed = ", ".join(f"{value:g}" for value in prior)
+        msg = f"y_prior has {len(prior)} values, {listed}; a positive number for each of {n_labels} labels is needed."
         raise ValueError(msg)
-    return torch.as_tensor(np.log(prior), dtype=torch.float32)
+    return torch.as_tensor(np.log(prior / prior.sum()), dtype=torch.float32)

@@ -70,8 +70,9 @@ def _registry_behind(adata: AnnData, prediction_key: str) -> Registry:
     """What the fit that has made a prediction reads; of other predictions, what is registered."""
     root = read_root(adata)
     for key in root.get(UNS.fits, {}):
-        if FitKeys(key).prediction == prediction_key:
-            return Registry.from_uns(read_fit(adata, key).setup)
+        registry = Registry.from_uns(read_fit(adata, key).setup)
+        if FitKeys(key).prediction == prediction_key and registry.labels_key is not None:
+            return registry
     return Registry.from_uns(root.get(UNS.setup, {}))
 
 

@@ -181,12 +181,16 @@ def _prediction_keys(adata: AnnData, keys: Sequence[str] | None, train_key: str)
     fits = read_root(adata).get(UNS.fits, {})
     learned_from = {key: Registry.from_uns(read_fit(adata, key).setup).labels_key for key in fits}
     if keys is None:
-        return [key for key in learned_from if learned_from[key] == train_key and FitKeys(key).prediction in adata.obs]
+        return [
+            key
+            for key in learned_from
+            if learned_from[key] in (None, train_key) and FitKeys(key).prediction in adata.obs
+        ]
     keys = [keys] if isinstance(keys, str) else list(keys)
     for key in keys:
         if FitKeys(key).prediction not in adata.obs:
             raise missing_key("adata.obs", FitKeys(key).prediction, adata.obs.columns)
-        if learned_from.get(key, train_key) != train_key:
+        if learned_from.get(key) not in (None, train_key):
             msg = (
                 f"The fit {key!r} learned from {learned_from[key]!r} (adata.obs), and the baselines are to learn from "
                 f"{train_key!r}: give all of them the same labels, train_key=..."

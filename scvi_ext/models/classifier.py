@@ -83,6 +83,13 @@ class CellClassifier(nn.Module):
             msg = f"log_variational=False has no effect on classifies={classifies!r}: the fitted model sees the counts."
             raise ValueError(msg)
         self.log_variational, self.with_library = log_variational, classifies == "z_library"
+        if not 0 <= dropout_rate < 1:
+            msg = f"dropout_rate={dropout_rate} must be at least 0 and below 1."
+            raise ValueError(msg)
+        # Logs of library sizes are far from zero, where z is: without this they would drown it.
+        means, variances = (torch.tensor(sizes.get(f"library_log_{name}") or (0.0,)) for name in ("means", "vars"))
+        self.register_buffer("library_center", means.mean())
+        self.register_buffer("library_scale", torch.sqrt((variances + (means - means.mean()) ** 2).mean().clamp(1e-2)))
         self.frozen = None if frozen is None else frozen.requires_grad_(False)
         width = n_input if frozen is None else frozen.n_latent + self.with_library
         self.classifier = Classifier(width, n_hidden, n_labels, n_layers, dropout_rate)
@@ -112,7 +119,9 @@ class CellClassifier(nn.Module):
         with torch.no_grad():
             posteriors = self.frozen.posteriors(cells)
             z, log_library = self.frozen.draw(cells, posteriors, None if self.training else mean)
-        return torch.cat([z, log_library], dim=-1) if self.with_library else z
+        if not self.with_library:
+            return z
+        return torch.cat([z, (log_library - self.library_center) / self.library_scale], dim=-1)
 
 
 SPEC = ModelSpec(

@@ -21,6 +21,7 @@ other cell can; labels come with a prior and in groups; theta by label works, an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -75,7 +76,7 @@ class SCANVI(CountVAE):
     linear_classifier
         A classifier without hidden layers.
     y_prior
-        Probability of each label, by default the same for all.
+        Probability of each label, or numbers in proportion; by default the same for all.
     labels_groups
         Group of each label. Then q(y | z1) = q(group | z1) q(y | z1, group), with a classifier for each.
     use_batch_norm, use_layer_norm, deeply_inject_covariates, **options
@@ -109,8 +110,8 @@ class SCANVI(CountVAE):
         if n_labels < 1:
             msg = "Model 'scanvi' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
             raise ValueError(msg)
-        if not classification_ratio >= 0:
-            msg = f"classification_ratio={classification_ratio!r} is a weight: it must be 0 or more."
+        if not 0 <= classification_ratio < math.inf:
+            msg = f"classification_ratio={classification_ratio!r} is a weight: it must be 0 or more, and finite."
             raise ValueError(msg)
         super().__init__(
             n_input,

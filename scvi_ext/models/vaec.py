@@ -16,6 +16,7 @@ model; what is called VAEC there is another one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class VAEC(CountVAE):
         As in :class:`~scvi_ext.models.base.CountVAE`, in the seed's order and with its defaults; hidden layers are
         those of encoder, decoder and classifier.
     y_prior
-        Probability of each label, by default the same for all.
+        Probability of each label, or numbers in proportion; by default the same for all.
     dispersion, log_variational, reconstruction_loss
         As in :class:`~scvi_ext.models.base.CountVAE`.
     classification_ratio
@@ -89,8 +90,8 @@ class VAEC(CountVAE):
         if n_labels < 1:
             msg = "Model 'vaec' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
             raise ValueError(msg)
-        if not classification_ratio >= 0:
-            msg = f"classification_ratio={classification_ratio!r} is a weight: it must be 0 or more."
+        if not 0 <= classification_ratio < math.inf:
+            msg = f"classification_ratio={classification_ratio!r} is a weight: it must be 0 or more, and finite."
             raise ValueError(msg)
         super().__init__(
             n_input,

@@ -19,6 +19,7 @@ _LABELS = {
     "reconstruction_loss": "reconstruction loss per cell",
     "kl_z": "KL of z per cell",
     "kl_library": "KL of the library per cell",
+    "classification_loss": "cross-entropy per labelled cell",
 }
 
 
@@ -26,7 +27,7 @@ def history(
     adata: AnnData,
     key: str | None = None,
     *,
-    metric: str = "elbo",
+    metric: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -40,9 +41,9 @@ def history(
     key
         Which fit; the last one by default.
     metric
-        ``"elbo"``, ``"reconstruction_loss"``, ``"kl_z"`` or ``"kl_library"``, in nats per cell; or ``"kl_weight"``,
-        ``"lr"`` or
-        ``"cells_per_second"``.
+        ``"elbo"``, ``"reconstruction_loss"``, ``"kl_z"``, ``"kl_library"`` or, of labelled cells,
+        ``"classification_loss"``, in nats per cell; or ``"kl_weight"``, ``"lr"`` or ``"cells_per_second"``. None takes
+        the ELBO, or the classification loss of a model that has none.
     ax
         Axes to draw into; new ones by default.
     show
@@ -71,9 +72,11 @@ def history(
     'epoch'
     """
     table = get.history(adata, key)
+    if metric is None:
+        metric = "elbo" if "elbo_train" in table or "classification_loss_train" not in table else "classification_loss"
     one_of("metric", metric, [*_LABELS, "kl_weight", "lr", "cells_per_second"])
     if table.empty:
-        msg = "There is no epoch to draw: the fit was interrupted in its first one. Go on with resume=True."
+        msg = "There is no epoch to draw: the fit was interrupted in its first one, or its weights were read or mapped."
         raise ValueError(msg)
     if not any(name in table for name in (metric, f"{metric}_train", f"{metric}_validation")):
         msg = f"The history of this fit has no {metric!r}; it has: {listing(table.columns, 20)}."

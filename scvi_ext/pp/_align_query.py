@@ -208,9 +208,11 @@ def _columns(matrix: Any, positions: np.ndarray, slot: str) -> Any:
 
 
 def _var(var: pd.DataFrame, genes: pd.Index) -> pd.DataFrame:
-    """The rows of these genes, missing values for those that are not there, in types that files can hold."""
+    """The rows of these genes, in types that files can hold: flags are False where there is no such gene, others NA."""
     rows = var.reindex(genes)
-    nullable = {"b": "boolean", "i": "Int64", "u": "UInt64"}
+    flags = [name for name, dtype in var.dtypes.items() if dtype.kind == "b" and isinstance(dtype, np.dtype)]
+    rows[flags] = var[flags].reindex(genes, fill_value=False)
+    nullable = {"i": "Int64", "u": "UInt64"}
     changed = {
         name: nullable[dtype.kind]
         for name, dtype in var.dtypes.items()

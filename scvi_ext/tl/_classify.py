@@ -7,8 +7,8 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._contract import Capability
-from scvi_ext._errors import number
-from scvi_ext._keys import FitKeys, valid_key
+from scvi_ext._errors import listing, number
+from scvi_ext._keys import FitKeys, column_name, valid_key
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.calibration import tempered
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+_FEW = 30  # cells: the temperature that they give is known to about a factor of 1.5 only
 _ABSTAINED = "Unknown"  # where no category of unlabelled cells was registered
 
 
@@ -100,11 +101,18 @@ def classify(
     prediction, confidence = (fitted.slot("obs", name, None) for name in (keys.prediction, keys.confidence))
     probabilities = fitted.slot("obsm", keys.probabilities, None)
     labels, module = list(fitted.registry.labels_categories), fitted.module
+    _check_names(labels, adata.obs_names.name)
     temperature = float(fitted.fit.status.get("temperature", 1.0)) if calibrated else 1.0
 
     start = logg.info(f"predicting {len(labels)} labels by fit {fitted.fit.key!r}, at temperature {temperature:.3g}")
     parts = fitted.map(lambda cells, draws: (module.encode_label(cells),), batch_size=batch_size, seed=0)
     log_qy = tempered(np.concatenate([log_qy for _, (log_qy,) in parts]), temperature)
+    n_calibration = fitted.fit.status.get("n_calibration", _FEW)
+    if calibrated and n_calibration < _FEW:
+        logg.warning(
+            f"the confidence is calibrated on {n_calibration} held-out cells with a label, which is too few to rely on "
+            "it: label more cells, or hold out more of them, tl.fit(train_size=...)."
+        )
     best, highest = log_qy.argmax(1), np.exp(log_qy.max(1))
     abstained = highest < min_confidence
     categories = labels
@@ -115,12 +123,24 @@ def classify(
     results.write_obs_categories(adata, prediction, best, categories, fitted.rows)
     results.write_obs(adata, confidence, highest.astype(np.float32), fitted.rows)
     results.write_obsm(adata, probabilities, np.exp(log_qy).astype(np.float32), fitted.rows, labels)
+    without = f", {abstained.sum()} of {len(best)} cells are below {min_confidence:g}" if min_confidence else ""
     logg.info(
-        f"    finished, {abstained.sum()} of {len(best)} cells below {min_confidence:g}"
-        if min_confidence
-        else "    finished",
+        f"    finished{without}",
         time=start,
         deep=f"added\n    {prediction!r} and {confidence!r}, the most probable label and its probability (adata.obs)\n"
         f"    {probabilities!r}, the probability of every label (adata.obsm)",
     )
     return adata if copy else None
+
+
+def _check_names(labels: list[str], index_name: object) -> None:
+    """Raise a ValueError for labels that cannot be columns of one table, or not of one in a file."""
+    columns = [column_name(label) for label in labels]
+    bad = [label for label, name in zip(labels, columns, strict=True) if columns.count(name) > 1]
+    bad += [name for name in columns if name in ("", ".", "..", "_index", index_name)]
+    if bad:
+        msg = (
+            f"These labels cannot be names of columns in a file, or not beside each other ('/' becomes '|'): "
+            f"{listing(bad)}. Rename them and fit again."
+        )
+        raise ValueError(msg)

@@ -183,6 +183,9 @@ def map_query(
     if plan is None and not freeze:
         msg = "freeze=False has no effect with max_epochs=0, which trains nothing: leave out one of them."
         raise ValueError(msg)
+    if not freeze and query.store.n_cells < 3:
+        msg = f"freeze=False trains on the query, which has {query.store.n_cells} cells; three or more are needed."
+        raise ValueError(msg)
     explains_counts = Capability.COUNTS in spec.capabilities
     if not freeze and not explains_counts:
         msg = f"freeze=False has nothing to train with: model {trained.model!r} has no bound for cells without a label."

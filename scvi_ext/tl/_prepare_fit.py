@@ -189,7 +189,7 @@ def _options_of(start: SavedFit, valid: set[str]) -> dict:
 def _by_label(name: str, value: Any, registry: Registry) -> tuple:
     """An option with a value for each label, in the order of the labels."""
     labels = registry.labels_categories
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | pd.Series):
         value = {str(label): of_label for label, of_label in value.items()}
         absent, unknown = sorted(set(labels) - value.keys()), sorted(value.keys() - set(labels))
         if absent or unknown:
@@ -207,6 +207,8 @@ def _start(adata: AnnData, init_from: str, registry: Registry) -> SavedFit:
     start = read_fit(adata, init_from)
     trained = Registry.from_uns(start.setup)
     unlike = [name for name in differing_slots(trained, registry) if name not in ("labels_key", "unlabeled_category")]
+    if trained.labels_key is not None:  # it has learned from labels: those of now must be the same
+        unlike += ["labels_key", "labels_categories"]
     for name in (*unlike, "batch_categories", "covariate_categories"):
         if getattr(trained, name) != getattr(registry, name):
             msg = (

@@ -271,7 +271,7 @@ def test_nothing_is_written_where_something_is_wrong(hidden):
 
 def test_a_fit_that_has_seen_other_labels_is_no_competitor(hidden):
     sx.pp.setup_anndata(hidden, labels_key="cell_type")
-    sx.tl.fit(hidden, n_hidden=16, n_latent=4, max_epochs=1)
+    sx.tl.fit(hidden, "classifier", key_added="scvi", n_hidden=16, max_epochs=1)
     hidden.obs["scvi_prediction"] = hidden.obs["cell_type"]
     sx.pp.setup_anndata(hidden, labels_key="known", unlabeled_category="?")
     with pytest.raises(ValueError, match=r"The fit 'scvi' learned from 'cell_type' .* learn from 'known'"):

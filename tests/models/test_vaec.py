@@ -113,7 +113,7 @@ def test_the_seeds_vocabulary():
     assert_close(probabilities.sum(-1), torch.ones(N_CELLS))
     assert module.get_latents(x, cells.labels)[0].shape == (N_CELLS, 10)
     assert module.get_sample_scale(x, cells.batch_index, cells.labels).shape == x.shape
-    with pytest.raises(ValueError, match=r"y_prior=.* must be 4 positive probabilities that sum to 1"):
+    with pytest.raises(ValueError, match=r"y_prior has 2 values, 0\.5, 0\.5; a positive number for each of 4 labels"):
         models.VAEC(5, 1, 4, y_prior=(0.5, 0.5))
     with pytest.raises(ValueError, match="classification_ratio=-1 is a weight"):
         models.VAEC(5, 1, 4, classification_ratio=-1)

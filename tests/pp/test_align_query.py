@@ -102,8 +102,10 @@ def test_what_does_not_depend_on_genes_is_kept_as_a_copy(reference, query):
 def test_annotations_of_genes_keep_their_kind(reference, query, tmp_path):
     aligned = sx.pp.align_query(query, reference)
     found = aligned.var["in_query"].to_numpy()
+    assert aligned.var["highly_variable"].dtype == bool  # as scanpy needs it to choose genes by
+    assert not aligned.var.loc[~found, "highly_variable"].any()
     for name in ("highly_variable", "n_cells", "gene_ids", "biotype"):
-        assert aligned.var[name].isna().to_numpy().tolist() == (~found).tolist()
+        assert name == "highly_variable" or aligned.var[name].isna().to_numpy().tolist() == (~found).tolist()
         for gene in reference.var_names[found]:
             assert aligned.var.loc[gene, name] == query.var.loc[gene, name]
     aligned.write_h5ad(tmp_path / "a.h5ad")

@@ -289,7 +289,11 @@ def test_every_read_out_works_with_every_dispersion_and_without_labels(partly, m
     [
         ("scanvi", {"labels_groups": {"t0": "a", "t1": "b"}}, "labels_groups must name every label once: 't2' missing"),
         ("scanvi", {"y_prior": {"t0": 1, "x": 1}}, "y_prior must name every label once: .*'x' unknown"),
-        ("scanvi", {"y_prior": [0.5, 0.5]}, "must be 3 positive probabilities that sum to 1"),
+        (
+            "scanvi",
+            {"y_prior": [0.5, 0.5]},
+            "a positive number for each of 3 labels is needed",
+        ),
         ("scanvi", {"n_samples_per_label": 0}, "n_samples_per_label=0 must be 1 or more"),
         ("scvi", {"n_samples_per_label": 5}, "n_samples_per_label has no effect: the model 'scvi' does not learn"),
         ("scanvi", {"classification_ratio": -1.0}, "classification_ratio=-1.0 is a weight"),
@@ -325,6 +329,41 @@ def test_labels_are_needed(counts, model):
     assert (counts.obs[f"{model}_confidence"] == 1).all()
 
 
+def test_values_for_labels_may_come_in_a_series(partly):
+    """A Series is a mapping from its index, whatever its order."""
+    series = pd.Series({"t2": 20, "t0": 50, "t1": 30})
+    fits = [sx.tl.fit(partly, "scanvi", y_prior=p, copy=True, **SHORT) for p in (series, [0.5, 0.3, 0.2])]
+    states = [a.uns["scvi_ext"]["fits"]["scanvi"]["state"] for a in fits]
+    np.testing.assert_allclose(np.exp(states[0]["log_y_prior"]), [0.5, 0.3, 0.2], rtol=1e-6)
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_labels_that_cannot_be_columns_are_refused_by_classify(counts):
+    for names in ({"t0": "T/NK", "t1": "T|NK"}, {"t0": "."}):
+        adata = counts.copy()
+        adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories(names)
+        sx.pp.setup_anndata(adata, labels_key="cell_type")
+        sx.tl.fit(adata, "classifier", **SHORT)
+        with pytest.raises(ValueError, match="These labels cannot be names of columns"):
+            sx.tl.classify(adata)
+        assert "classifier_prediction" not in adata.obs
+
+
+def test_few_cells_to_calibrate_on_are_said(partly, logged):
+    sx.tl.fit(partly, "classifier", **SHORT)
+    sx.tl.classify(partly)
+    n = partly.uns["scvi_ext"]["fits"]["classifier"]["status"]["n_calibration"]
+    assert f"calibrated on {n} held-out cells with a label, which is too few" in logged()
+
+
+def test_a_fit_of_labels_is_used_where_none_are_registered(partly):
+    sx.tl.fit(partly, "scanvi", **SHORT)
+    expected = sx.tl.classify(partly, copy=True).obsm["scanvi_probabilities"]
+    del partly.obs["known"]
+    sx.pp.setup_anndata(partly, batch_key="batch")
+    pd.testing.assert_frame_equal(sx.tl.classify(partly, copy=True).obsm["scanvi_probabilities"], expected)
+
+
 def test_a_start_must_fit(partly):
     with pytest.raises(KeyError, match="no fits"):
         sx.tl.fit(partly, "scanvi", init_from="scvi")
@@ -338,6 +377,11 @@ def test_a_start_must_fit(partly):
     partly.obs["batch"] = "one"
     sx.pp.setup_anndata(partly, batch_key="batch", labels_key="known", unlabeled_category="?")
     with pytest.raises(ValueError, match="that fit was trained with batch_categories="):
+        sx.tl.fit(partly, "scanvi", init_from="scvi")
+    sx.pp.setup_anndata(partly, labels_key="cell_type")
+    sx.tl.fit(partly, "scvi", dispersion="gene-label", **SHORT)
+    sx.pp.setup_anndata(partly, labels_key="known", unlabeled_category="?")
+    with pytest.raises(ValueError, match="that fit was trained with labels_key='cell_type', and 'known' is"):
         sx.tl.fit(partly, "scanvi", init_from="scvi")
 
 
