@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from scvi_ext.functional.calibration import expected_calibration_error
 from scvi_ext.metrics._cells import complete, obs_key, registry_of, rep_key, rep_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
     from sklearn.base import ClassifierMixin
@@ -181,14 +182,15 @@ def _prediction_keys(adata: AnnData, keys: Sequence[str] | None, train_key: str)
     fits = read_root(adata).get(UNS.fits, {})
     learned_from = {key: Registry.from_uns(read_fit(adata, key).setup).labels_key for key in fits}
     if keys is None:
-        return [
-            key
-            for key in learned_from
-            if learned_from[key] in (None, train_key) and FitKeys(key).prediction in adata.obs
-        ]
+        alike = [key for key, labels in learned_from.items() if labels in (None, train_key)]
+        return [key for key in alike if FitKeys(key).prediction in adata.obs]
     keys = [keys] if isinstance(keys, str) else list(keys)
     for key in keys:
         if FitKeys(key).prediction not in adata.obs:
+            fit = key.removesuffix(FitKeys("").prediction)
+            if fit != key and key in adata.obs:
+                msg = f"prediction_keys names the column {key!r}; the name before that ending is needed: {fit!r}."
+                raise KeyError(msg)
             raise missing_key("adata.obs", FitKeys(key).prediction, adata.obs.columns)
         if learned_from.get(key) not in (None, train_key):
             msg = (
@@ -203,6 +205,9 @@ def _estimators(classifiers: Mapping[str, ClassifierMixin] | None, seed: int) ->
     """Unfitted copies, that draw from no global generator."""
     if classifiers is None:
         classifiers = {"SVC": SVC(), "random forest": RandomForestClassifier()}
+    if not isinstance(classifiers, Mapping) or any(isinstance(c, type) for c in classifiers.values()):
+        msg = 'classifiers is a mapping from names to classifiers, such as {"logistic": LogisticRegression()}.'
+        raise TypeError(msg)
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])  # scikit-learn takes seeds of 32 bits
     copies = {name: clone(classifier) for name, classifier in classifiers.items()}
     for estimator in copies.values():

@@ -62,7 +62,14 @@ def rep_key(adata: AnnData, use_rep: str | None) -> str:
     if not read_root(adata).get(UNS.fits):
         msg = f"There is no fit whose latent space could be used: name one, use_rep=...: {listing(adata.obsm)}."
         raise KeyError(msg)
-    use_rep = FitKeys(read_fit(adata).key).latent
+    fit = read_fit(adata)
+    if "n_latent" not in fit.config:  # a classifier has no latent space: that of the one other fit is meant
+        others = [key for key in read_root(adata)[UNS.fits] if "n_latent" in read_fit(adata, key).config]
+        if len(others) != 1:
+            msg = f"The last fit, {fit.key!r}, has no latent space: name one, use_rep=...: {listing(adata.obsm)}."
+            raise KeyError(msg)
+        fit = read_fit(adata, others[0])
+    use_rep = FitKeys(fit.key).latent
     if use_rep not in adata.obsm:
         msg = (
             f"The latent space of the last fit, {use_rep!r}, is not in adata.obsm: call scvi_ext.tl.get_latent(adata), "

@@ -135,7 +135,7 @@ def reopen(
     if fitted.checkpoint is None:
         msg = (
             f"Fit {fitted.key!r} was kept without a checkpoint, so it cannot go on. Fit again with checkpoint=True "
-            "(an interrupted fit keeps one by itself)."
+            "(an interrupted fit keeps one by itself; a mapped query is mapped again instead)."
         )
         raise ValueError(msg)
     registry = Registry.from_uns(fitted.setup)

@@ -290,3 +290,22 @@ def test_a_table_that_is_not_there(counts):
         sx.get.annotation_df(counts, "other")
     with pytest.raises(ValueError, match="table='all' is not one of 'recall', 'scores'"):
         sx.get.annotation_df(counts, table="all")
+
+
+def test_a_classifier_after_a_latent_space_and_what_is_given_wrongly(hidden):
+    sx.pp.setup_anndata(hidden, labels_key="known", unlabeled_category="?")
+    sx.tl.fit(hidden, n_hidden=16, n_latent=4, max_epochs=1)
+    sx.tl.get_latent(hidden)
+    sx.tl.fit(hidden, "classifier", n_hidden=16, max_epochs=1)
+    sx.tl.classify(hidden)
+    sx.metrics.annotation_baselines(hidden, "cell_type", classifiers={})  # the latent space of the fit that has one
+    assert sx.get.annotation_df(hidden).index.tolist() == ["kNN", "classifier"]
+    with pytest.raises(KeyError, match=r"names the column 'classifier_prediction'; .* is needed: 'classifier'"):
+        sx.metrics.annotation_baselines(hidden, "cell_type", prediction_keys=["classifier_prediction"])
+    for given in ([LogisticRegression()], {"logistic": LogisticRegression}):
+        with pytest.raises(TypeError, match="classifiers is a mapping from names to classifiers"):
+            sx.metrics.annotation_baselines(hidden, "cell_type", classifiers=given)
+    sx.tl.fit(hidden, key_added="other", n_hidden=16, n_latent=4, max_epochs=1)
+    sx.tl.fit(hidden, "classifier", n_hidden=16, max_epochs=1)
+    with pytest.raises(KeyError, match="The last fit, 'classifier', has no latent space: name one"):
+        sx.metrics.annotation_baselines(hidden, "cell_type")
