@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
     from scvi_ext._contract import Minibatch, ModelSpec, SavedFit
 
-ALWAYS_READ = frozenset({"categorical", "continuous"})  # columns that enter every model if registered
+_ALWAYS_READ = frozenset({"categorical", "continuous"})  # columns that enter every model if registered
 
 
 def columns_read(model: str, config: Mapping, frozen: Mapping | None) -> frozenset[str]:
     """The optional columns of cells that a fit reads, and the fitted model inside it if there is one."""
     spec = models.get(model)
-    columns = spec.needs(spec.config(**config)) | ALWAYS_READ
+    columns = spec.needs(spec.config(**config)) | _ALWAYS_READ
     return columns if frozen is None else columns | columns_read(**frozen, frozen=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,16 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def check_labels(model: str, n_labels: int, classification_ratio: float = 1.0) -> None:
+    """Raise a ValueError unless there are labels to learn, and the weight of their cross-entropy is one."""
+    if n_labels < 1:
+        msg = f"Model {model!r} needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
+        raise ValueError(msg)
+    if not 0 <= classification_ratio < math.inf:
+        msg = f"classification_ratio={classification_ratio!r} is a weight: it must be 0 or more, and finite."
+        raise ValueError(msg)
 
 
 def label_weights(labels: Tensor, log_qy: Tensor) -> Tensor:

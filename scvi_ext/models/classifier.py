@@ -18,7 +18,7 @@ from torch import nn
 
 from scvi_ext._contract import Capability, Loss, ModelSpec, Stream
 from scvi_ext._errors import one_of
-from scvi_ext.functional.labels import cross_entropy
+from scvi_ext.functional.labels import check_labels, cross_entropy
 from scvi_ext.nn.classifier import Classifier
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ class CellClassifier(nn.Module):
     ):
         super().__init__()
         one_of("classifies", classifies, ("counts", "z", "z_library"))
-        if n_labels < 1:
-            msg = "Model 'classifier' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
-            raise ValueError(msg)
+        check_labels("classifier", n_labels)
         if (classifies == "counts") != (frozen is None):
             found = "there is no fitted model to make that of" if frozen is None else "a fitted model has no effect"
             msg = f"classifies={classifies!r}, and {found}: give init_from=... and classifies='z', or neither."

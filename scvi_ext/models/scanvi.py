@@ -21,7 +21,6 @@ other cell can; labels come with a prior and in groups; theta by label works, an
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -32,7 +31,7 @@ from torch import nn
 from scvi_ext._contract import Capability, Loss, ModelSpec, Posterior, Stream
 from scvi_ext._errors import one_of
 from scvi_ext.functional.divergences import kl_categorical, kl_standard_normal, log_density
-from scvi_ext.functional.labels import cross_entropy, fill_in, label_weights, log_prior
+from scvi_ext.functional.labels import check_labels, cross_entropy, fill_in, label_weights, log_prior
 from scvi_ext.functional.sampling import sample_normal
 from scvi_ext.models.base import CountConfig, CountVAE, needs
 from scvi_ext.nn.classifier import Classifier
@@ -107,12 +106,7 @@ class SCANVI(CountVAE):
         **options: object,
     ):
         one_of("training", training, ("joint", "alternate"))
-        if n_labels < 1:
-            msg = "Model 'scanvi' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
-            raise ValueError(msg)
-        if not 0 <= classification_ratio < math.inf:
-            msg = f"classification_ratio={classification_ratio!r} is a weight: it must be 0 or more, and finite."
-            raise ValueError(msg)
+        check_labels("scanvi", n_labels, classification_ratio)
         super().__init__(
             n_input,
             n_batch,

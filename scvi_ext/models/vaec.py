@@ -16,7 +16,6 @@ model; what is called VAEC there is another one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from torch import nn
 
 from scvi_ext._contract import Capability, Loss, ModelSpec, Posterior, Stream
 from scvi_ext.functional.divergences import kl_categorical, kl_standard_normal
-from scvi_ext.functional.labels import cross_entropy, fill_in, label_weights, log_prior
+from scvi_ext.functional.labels import check_labels, cross_entropy, fill_in, label_weights, log_prior
 from scvi_ext.models.base import CountConfig, CountVAE, needs
 from scvi_ext.nn.classifier import Classifier
 from scvi_ext.nn.decoders import DecoderSCVI
@@ -87,12 +86,7 @@ class VAEC(CountVAE):
         use_layer_norm: str = "none",
         **options: object,
     ):
-        if n_labels < 1:
-            msg = "Model 'vaec' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
-            raise ValueError(msg)
-        if not 0 <= classification_ratio < math.inf:
-            msg = f"classification_ratio={classification_ratio!r} is a weight: it must be 0 or more, and finite."
-            raise ValueError(msg)
+        check_labels("vaec", n_labels, classification_ratio)
         super().__init__(
             n_input,
             n_batch,

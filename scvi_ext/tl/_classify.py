@@ -8,7 +8,7 @@ from scanpy import logging as logg
 from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, number
-from scvi_ext._keys import FitKeys, column_name, valid_key
+from scvi_ext._keys import ABSTAINED, FitKeys, column_name, valid_key
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.calibration import tempered
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _FEW = 30  # cells: the temperature that they give is known to about a factor of 1.5 only
-_ABSTAINED = "Unknown"  # where no category of unlabelled cells was registered
 
 
 def classify(
@@ -117,7 +116,7 @@ def classify(
     abstained = highest < min_confidence
     categories = labels
     if min_confidence > 0:
-        none = fitted.registry.unlabeled_category or _ABSTAINED
+        none = fitted.registry.unlabeled_category or ABSTAINED
         categories = [*labels, *([none] if none not in labels else [])]
         best = np.where(abstained, categories.index(none), best)
     results.write_obs_categories(adata, prediction, best, categories, fitted.rows)
