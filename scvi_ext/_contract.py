@@ -46,6 +46,15 @@ class Expression(NamedTuple):
     dropout_logits: Tensor | None = None  # (B, G) logit of a technical zero
 
 
+class ProteinExpression(NamedTuple):
+    """What a decoder says about the proteins of a cell: a mixture of background and foreground."""
+
+    background: Posterior  # (B, P) of the log of the mean count that is background
+    log_ratio: Tensor  # (B, P) log of the foreground's mean count over the background's, not negative
+    theta: Tensor  # broadcastable to (B, P): inverse dispersion of both
+    mixing_logits: Tensor  # (B, P) logit of a count being background
+
+
 class Loss(NamedTuple):
     """What is minimised, and per cell the parts of the negative ELBO and what labels add; None where there is none."""
 
@@ -63,6 +72,7 @@ class Capability(StrEnum):
     LOADINGS = "get_loadings"
     LABELS = "encode_label"
     Z2 = "encode_z2"
+    PROTEIN = "decode_protein"
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,16 @@ class Stream:
 
     name: str
     labelled_only: bool = False  # cells without a label are left out
+
+
+@dataclass(frozen=True)
+class ProteinSummary:
+    """The proteins a module is built for: which were measured where, and where to start with their background."""
+
+    n_proteins: int
+    protein_batch_mask: tuple[tuple[bool, ...], ...]  # (K, P) True where a protein was measured in a batch
+    background_means: tuple[tuple[float, ...], ...]  # (K, P) of the log of the background's mean count
+    background_scales: tuple[tuple[float, ...], ...]  # (K, P) standard deviations of the same
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,7 @@ class DataSummary:
     n_continuous_cov: int = 0
     library_log_means: tuple[float, ...] = ()  # (K,)
     library_log_vars: tuple[float, ...] = ()  # (K,)
+    proteins: ProteinSummary | None = None
 
 
 @dataclass(frozen=True)

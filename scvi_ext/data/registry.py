@@ -10,14 +10,22 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scvi_ext._contract import DataSummary, SavedFit
+from scvi_ext._contract import DataSummary, ProteinSummary, SavedFit
 from scvi_ext._errors import listing, missing_key
 from scvi_ext._keys import FORMAT, UNS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_NOT_SLOTS = ("batch_categories", "labels_categories", "covariate_categories", "protein_names", "audit")
+_NOT_SLOTS = (
+    "batch_categories",
+    "labels_categories",
+    "covariate_categories",
+    "protein_names",
+    "missing_proteins",
+    "audit",
+)
+_NESTED = ("covariate_categories", "missing_proteins")  # tuples of tuples of strings
 _UNKNOWN = -2  # never leaves this module: -1 already means unlabelled
 
 
@@ -37,6 +45,7 @@ class Registry:
     batch_categories: tuple[str, ...] = ()  # () when batch_key is None
     labels_categories: tuple[str, ...] = ()  # without the unlabelled category
     covariate_categories: tuple[tuple[str, ...], ...] = ()  # one tuple per categorical covariate
+    missing_proteins: tuple[tuple[str, ...], ...] = ()  # not measured, one tuple per batch; () where all are everywhere
     audit: str | None = None  # "clean" where the counts were raw counts when they were registered
 
     def to_uns(self) -> dict[str, Any]:
@@ -47,9 +56,9 @@ class Registry:
             value = getattr(self, field.name)
             if value is None or value == ():
                 continue
-            if field.name == "covariate_categories":
+            if field.name in _NESTED:
                 # By position: names of columns may contain "/", which h5ad does not allow in a key.
-                uns[field.name] = {str(i): np.array(categories) for i, categories in enumerate(value)}
+                uns[field.name] = {str(i): np.array(names, dtype=np.str_) for i, names in enumerate(value)}
             else:
                 uns[field.name] = value if isinstance(value, str) else np.array(value)
         return uns
@@ -62,7 +71,7 @@ class Registry:
             if field.name not in mapping:
                 continue
             value = mapping[field.name]
-            if field.name == "covariate_categories":
+            if field.name in _NESTED:
                 values[field.name] = tuple(_strings(value[str(i)]) for i in range(len(value)))
             else:
                 values[field.name] = str(value) if field.default is None else _strings(value)
@@ -79,6 +88,17 @@ class Registry:
             n_continuous_cov=len(self.continuous_covariate_keys),
             library_log_means=(0.0,) * n_batch,
             library_log_vars=(0.0,) * n_batch,
+            proteins=self._proteins(n_batch) if self.protein_obsm_key is not None else None,
+        )
+
+    def _proteins(self, n_batch: int) -> ProteinSummary:
+        """The same of proteins: their background is left at zero."""
+        missing = self.missing_proteins or ((),) * n_batch
+        return ProteinSummary(
+            n_proteins=len(self.protein_names),
+            protein_batch_mask=tuple(tuple(name not in names for name in self.protein_names) for names in missing),
+            background_means=((0.0,) * len(self.protein_names),) * n_batch,
+            background_scales=((1.0,) * len(self.protein_names),) * n_batch,
         )
 
     def read_by(self, columns: frozenset[str]) -> Registry:
@@ -87,7 +107,7 @@ class Registry:
         if "labels" not in columns:
             read = replace(read, labels_key=None, unlabeled_category=None, labels_categories=())
         if "protein" not in columns:
-            read = replace(read, protein_obsm_key=None, protein_names=())
+            read = replace(read, protein_obsm_key=None, protein_names=(), missing_proteins=())
         return read
 
 

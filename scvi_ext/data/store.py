@@ -12,6 +12,7 @@ import pandas as pd
 from scvi_ext._errors import listing, missing_key
 from scvi_ext.data.audit import LARGEST_EXACT
 from scvi_ext.data.matrix import counts_matrix, read_all, read_rows, row_chunks
+from scvi_ext.data.proteins import background
 from scvi_ext.data.registry import codes, column, known_codes
 from scvi_ext.kernels.sparse import all_counts
 
@@ -281,7 +282,7 @@ class CellStore:
         """Sizes, and mean and variance of the log library size of the cells with a positive finite sum in each batch.
 
         The variance is that of the population, at least ``MIN_LIBRARY_VARIANCE``. A batch without such cells gets the
-        mean and variance over all of them.
+        mean and variance over all of them. Of proteins that were read, also where to start with their background.
         """
         totals, _ = self._sums()
         filled = (totals > 0) & np.isfinite(totals)
@@ -289,6 +290,11 @@ class CellStore:
         sizes = registry.sizes(self.n_genes)
         groups = [library[batches == batch] for batch in range(sizes.n_batch)]
         groups = [next(values for values in (group, library, np.zeros(1)) if len(values)) for group in groups]
+        if self.protein is not None:
+            mask = np.array(sizes.proteins.protein_batch_mask)
+            means, scales = background(self.protein, self.batch_index, mask)
+            start = {"background_means": _tuples(means), "background_scales": _tuples(scales)}
+            sizes = replace(sizes, proteins=replace(sizes.proteins, **start))
         return replace(
             sizes,
             library_log_means=tuple(float(group.mean()) for group in groups),
@@ -341,6 +347,10 @@ def _labels(obs: pd.DataFrame, registry: Registry, *, optional: bool) -> np.ndar
 def _categorical(obs: pd.DataFrame, registry: Registry) -> np.ndarray:
     pairs = zip(registry.categorical_covariate_keys, registry.covariate_categories, strict=True)
     return np.column_stack([codes(obs, key, categories) for key, categories in pairs])
+
+
+def _tuples(values: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, values.tolist()))
 
 
 def _protein(adata: AnnData, registry: Registry, rows: np.ndarray | None) -> np.ndarray:

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def kl_normal(q: Posterior, p: Posterior) -> Tensor:
-    """KL(q || p) = sum of log(s_p / s_q) + (s_q^2 + (m_q - m_p)^2) / (2 s_p^2) - 1/2, shape (B,)."""
+    """KL(q || p), the sum of :func:`normal_divergences`, shape (B,)."""
+    return normal_divergences(q, p).sum(-1)
+
+
+def normal_divergences(q: Posterior, p: Posterior) -> Tensor:
+    """KL(q || p) of each variable: log(s_p / s_q) + (s_q^2 + (m_q - m_p)^2) / (2 s_p^2) - 1/2, shape (B, L)."""
     ratio = (q.scale / p.scale) ** 2
     distance = ((q.loc - p.loc) / p.scale) ** 2
-    return 0.5 * (ratio + distance - 1 - torch.log(ratio)).sum(-1)
+    return 0.5 * (ratio + distance - 1 - torch.log(ratio))
 
 
 def kl_standard_normal(q: Posterior) -> Tensor:

@@ -47,6 +47,13 @@ def choose(name: str, device: str, dtype: torch.dtype) -> tuple[Callable | None,
     dtype
         Of the parameters.
     """
+    return trusted(name, device, dtype, lambda run: np.max([_deviation(run, name, device, s) for s in (True, False)]))
+
+
+def trusted(
+    name: str, device: str, dtype: torch.dtype, deviation_of: Callable[[Callable], float]
+) -> tuple[Callable | None, str]:
+    """The same for any likelihood that has a kernel; ``deviation_of`` says how far that is from the formula."""
     if dtype != torch.float32:
         return None, f"plain formula of {name}, because the parameters are {dtype}"
     started = time.perf_counter()
@@ -58,7 +65,7 @@ def choose(name: str, device: str, dtype: torch.dtype) -> tuple[Callable | None,
         if name not in backend.LIKELIHOODS:
             return None, f"plain formula of {name}, for which there is no kernel"
         run = backend.LIKELIHOODS[name]
-        deviation = np.max([_deviation(run, name, device, softmax) for softmax in (True, False)])
+        deviation = deviation_of(run)
     except Exception as error:  # whatever a compiler may raise: there is a formula that needs none
         return None, f"plain formula of {name}, because its kernel does not run here ({first_line(error)})"
     if not deviation < _TRUSTED:

@@ -26,25 +26,38 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _FILE = "model.pt"
-_MODELS = {"LinearSCVI": "ldvae", "SCANVI": "scanvi", "SCVI": "scvi"}
+_MODELS = {"LinearSCVI": "ldvae", "SCANVI": "scanvi", "SCVI": "scvi", "TOTALVI": "totalvi"}
 _RENAMED_OPTIONS = {"gene_likelihood": "reconstruction_loss"}
+_RENAMED_OPTIONS_OF_TOTALVI = {"gene_likelihood": "reconstruction_loss_gene", "n_layers_decoder": "n_layers"}
 _ONLY_THERE = {"extra_payload_autotune"}  # changes what their training reports, not the model
 # LinearSCVI hands these to a class whose encoder and decoder it then replaces by others that do not see them.
 _WITHOUT_EFFECT_IF_LINEAR = {"encode_covariates", "deeply_inject_covariates", "use_layer_norm"}
 # Handed to every SCANVI; without use_labels_groups, which has no counterpart here, it does nothing with it.
 _WITHOUT_EFFECT_IF_SCANVI = {"labels_groups"}
+# Where the background's prior started, and which zeros counted: the weights and the registry have it.
+_KNOWN_IF_TOTALVI = {"empirical_protein_background_prior", "override_missing_proteins"}
 _RENAMED_WEIGHTS = {
     r"^px_r$": "dispersion.log_theta",
     r"^l_encoder\.": "library.encoder.",
     r"^library_log_(means|vars)$": r"library.log_\1",
     r"^_embeddings_dict\.batch\.": "covariates.batch_embedding.",
     r"^y_prior$": "log_y_prior",
+    r"^py_r$": "protein_dispersion.log_theta",
+    r"^background_pro_alpha$": "background_mean",
+    r"^background_pro_log_beta$": "background_log_scale",
+    r"^log_per_batch_efficiency$": "log_efficiency",
+    r"^encoder\.encoder\.": "z_encoder.encoder.",
+    r"^encoder\.z_(mean|var)_encoder\.": r"z_encoder.\1_encoder.",
+    r"^encoder\.l_gene_encoder\.": "library.encoder.encoder.",
+    r"^encoder\.l_gene_(mean|var)_encoder\.": r"library.encoder.\1_encoder.",
+    r"\.px_dropout_decoder_gene\.": ".px_dropout_decoder.",
     r"^classifier\.classifier\.0\.(?=fc_layers)": "classifier.hidden.",
     r"^classifier\.classifier\.\d\.": "classifier.output.",
     r"\.fc_layers\.Layer (\d+)\.0\.": r".layers.\1.linear.",
     r"\.fc_layers\.Layer (\d+)\.1\.": r".layers.\1.batch_norm.0.",
     r"\.px_scale_decoder\.0\.": ".px_scale_decoder.",
 }
+_BY_BATCH = {"protein_dispersion.log_theta", "background_mean", "background_log_scale", "log_efficiency"}
 
 
 def read_scvi_tools(
@@ -63,7 +76,8 @@ def read_scvi_tools(
     ----------
     path
         Folder that ``model.save(path)`` of scvi-tools wrote, or the ``model.pt`` in it. Models of the classes ``SCVI``,
-        ``LinearSCVI`` and ``SCANVI`` can be read; here they are called ``"scvi"``, ``"ldvae"`` and ``"scanvi"``.
+        ``LinearSCVI``, ``SCANVI`` and ``TOTALVI`` can be read; here they are called ``"scvi"``, ``"ldvae"``,
+        ``"scanvi"`` and ``"totalvi"``.
     adata
         Annotated data to put the model into, with all genes of the model in any order, and the columns it was set up
         with.
@@ -138,6 +152,8 @@ def _translate(content: Any, file: Path) -> SavedFit:
         raise ValueError(msg)
     registry = _registry(theirs)
     config = _config(name, attributes["init_params_"], registry)
+    proteins = registry.sizes(0).proteins
+    mask = {} if proteins is None else {"protein_batch_mask": np.array(proteins.protein_batch_mask)}
     return SavedFit(
         key=_MODELS[name],
         model=_MODELS[name],
@@ -145,7 +161,7 @@ def _translate(content: Any, file: Path) -> SavedFit:
         run={},
         setup=registry.to_uns(),
         var_names=np.array([str(gene) for gene in content["var_names"]]),
-        state=_state(content["model_state_dict"], config),
+        state=_state(content["model_state_dict"], config) | mask,
         history=_history(attributes.get("history_") or {}),
         status={"imported_from": f"scvi-tools {theirs['scvi_version']}", "trained": bool(attributes["is_trained_"])},
     )
@@ -153,19 +169,26 @@ def _translate(content: Any, file: Path) -> SavedFit:
 
 def _registry(theirs: Mapping[str, Any]) -> Registry:
     arguments, fields = theirs["setup_args"], theirs["field_registries"]
+    if "modalities" in arguments or arguments.get("panel_key") is not None:
+        what = "setup_mudata" if "modalities" in arguments else "panel_key"
+        msg = f"The model was set up with {what}, which has no counterpart here."
+        raise ValueError(msg)
 
     def categories(field: str) -> tuple[str, ...]:
         return tuple(str(c) for c in fields[field]["state_registry"]["categorical_mapping"])
 
     unlabeled = arguments.get("unlabeled_category")
     unlabeled = None if unlabeled is None else str(unlabeled)
-    labels = categories("labels") if arguments["labels_key"] else ()
+    labels = categories("labels") if arguments.get("labels_key") else ()
     covariates = tuple(arguments.get("categorical_covariate_keys") or ())
     mappings = fields["extra_categorical_covs"]["state_registry"]["mappings"] if covariates else {}
+    proteins = fields.get("proteins", {}).get("state_registry", {})
+    names = tuple(str(name) for name in proteins.get("column_names", ()))
+    measured = proteins.get("protein_batch_mask") or {}
     return Registry(
         layer=arguments["layer"],
         batch_key=arguments["batch_key"],
-        labels_key=arguments["labels_key"],
+        labels_key=arguments.get("labels_key"),
         unlabeled_category=unlabeled,
         size_factor_key=arguments.get("size_factor_key"),
         categorical_covariate_keys=covariates,
@@ -173,6 +196,12 @@ def _registry(theirs: Mapping[str, Any]) -> Registry:
         batch_categories=categories("batch") if arguments["batch_key"] else (),
         labels_categories=tuple(label for label in labels if label != unlabeled),
         covariate_categories=tuple(tuple(str(c) for c in mappings[key]) for key in covariates),
+        protein_obsm_key=arguments.get("protein_expression_obsm_key"),
+        protein_names=names,
+        missing_proteins=tuple(
+            tuple(name for name, known in zip(names, np.ravel(measured[str(i)]), strict=True) if not known)
+            for i in range(len(measured))
+        ),
     )
 
 
@@ -193,9 +222,16 @@ def _config(name: str, parameters: Mapping[str, Any], registry: Registry) -> dic
         if options.get("y_prior") is not None:
             options["y_prior"] = tuple(float(p) for p in np.ravel(options["y_prior"]))
 
+    renamed = _RENAMED_OPTIONS
+    if name == "TOTALVI":
+        dropped |= _KNOWN_IF_TOTALVI
+        renamed = _RENAMED_OPTIONS_OF_TOTALVI
+        # Their critic is not kept, their networks have these depths by default, their efficiency is always there.
+        options = {"n_layers_encoder": 2, "adversarial_classifier": "off", "protein_efficiency": True} | options
+
     config = asdict(models.get(_MODELS[name]).config())
     for option, value in options.items():
-        ours = _RENAMED_OPTIONS.get(option, option)
+        ours = renamed.get(option, option)
         if ours in config and option not in dropped:
             config[ours] = value
         elif value and option not in dropped:
@@ -210,24 +246,34 @@ def _without_effect(config: Mapping[str, Any], registry: Registry) -> dict[str, 
         len(registry.batch_categories) > 1 or registry.covariate_categories or registry.continuous_covariate_keys
     )
     defaults = {}
-    if config["n_layers"] == 1:
+    if config["n_layers"] == 1 and "deeply_inject_covariates" in config:
         defaults["deeply_inject_covariates"] = True
     if not encodable:
         defaults["encode_covariates"] = False
-    if config["reconstruction_loss"] == "poisson" or (config["dispersion"] == "gene-label" and not registry.labels_key):
-        defaults["dispersion"] = "gene"
+    name, likelihood = _dispersion_and_likelihood(config)
+    if config[likelihood] == "poisson" or (config[name] == "gene-label" and not registry.labels_key):
+        defaults[name] = "gene"
     return defaults
+
+
+def _dispersion_and_likelihood(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What the model calls these options of its genes."""
+    if "gene_dispersion" in config:
+        return "gene_dispersion", "reconstruction_loss_gene"
+    return "dispersion", "reconstruction_loss"
 
 
 def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Their weights under our names. Parts that the model never uses are left out: they were not trained."""
-    shared_theta = config["reconstruction_loss"] != "poisson" and config["dispersion"] != "gene-cell"
+    dispersion, likelihood = (config[name] for name in _dispersion_and_likelihood(config))
+    shared_theta = likelihood != "poisson" and dispersion != "gene-cell"
     unused = {
         "pyro_param_store": True,
         "px_r": not shared_theta,
         "l_encoder.": config["library"] != "latent",
-        "decoder.px_r_decoder.": config["dispersion"] != "gene-cell",
-        "decoder.px_dropout_decoder.": config["reconstruction_loss"] != "zinb",
+        "encoder.l_gene": config["library"] != "latent",
+        "decoder.px_r_decoder.": dispersion != "gene-cell",
+        "decoder.px_dropout_decoder": likelihood != "zinb",
     }
     dropped = tuple(start for start, is_unused in unused.items() if is_unused)
     state = {}
@@ -237,7 +283,9 @@ def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, n
         for pattern, replacement in _RENAMED_WEIGHTS.items():
             name = re.sub(pattern, replacement, name)
         if name == "dispersion.log_theta":
-            array = array.reshape(-1) if config["dispersion"] == "gene" else array.T  # theirs is (G, K)
+            array = array.reshape(-1) if dispersion == "gene" else array.T  # theirs is (G, K)
+        elif name in _BY_BATCH:
+            array = array.T  # theirs is (P, K), or (P,)
         elif name.startswith("library.log_"):
             array = array.reshape(-1)  # theirs is (1, K)
         elif name == "log_y_prior":

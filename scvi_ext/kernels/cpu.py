@@ -201,36 +201,52 @@ def _log64(w, low):
 
 
 @fast
+def _gammas(xk, th):
+    """log of Gamma(x + theta) / (Gamma(theta) x! (theta + eps)^x), and digamma(x + theta) - digamma(theta), for x >= 0.
+
+    Eight factors are split off each gamma function, Stirling's series does the rest.
+    """
+    iv = 1.0 / (th + 1e-8)
+    above, below, factorial, digammas = 1.0, 1.0, 1.0, 0.0
+    for j in range(8):
+        above *= th + j
+        below *= xk + th + j
+        factorial *= xk + 1.0 + j
+        digammas += xk / ((th + j) * (xk + th + j))
+    a, b, c = th + 8.0, xk + th + 8.0, xk + 9.0
+    ia, ib, ic = 1.0 / a, 1.0 / b, 1.0 / c
+    ia2, ib2, ic2 = ia * ia, ib * ib, ic * ic
+    ratio = _log64(1.0 + xk * ia, xk * ia)
+    q = _log64(above / below, 0.0) + (b - 0.5) * ratio - xk + xk * _log64(a * iv, 0.0)
+    q += ib * (1 / 12 - ib2 * (1 / 360 - ib2 * (1 / 1260 - ib2 * (1 / 1680))))
+    q -= ia * (1 / 12 - ia2 * (1 / 360 - ia2 * (1 / 1260 - ia2 * (1 / 1680))))
+    digammas += ratio + 0.5 * (ia - ib)
+    digammas += ia2 * (1 / 12 - ia2 * (1 / 120 - ia2 * (1 / 252)))
+    digammas -= ib2 * (1 / 12 - ib2 * (1 / 120 - ib2 * (1 / 252)))
+    log_factorial = (c - 0.5) * _log64(c, 0.0) - c + 0.9189385332046727 - _log64(factorial, 0.0)
+    log_factorial += ic * (1 / 12 - ic2 * (1 / 360 - ic2 * (1 / 1260 - ic2 * (1 / 1680))))
+    return q - log_factorial, digammas
+
+
+@fast
+def _of_gammas(q, digammas, xk, th, m):
+    """From these and the mean: log NB(x) and its derivatives by log mu and log theta."""
+    iv = 1.0 / (th + 1e-8)
+    r = m * iv
+    odds = 1.0 / (1.0 + r)
+    log_r = _log64(1.0 + r, r)
+    ll = q + xk * (_log64(m + 1e-8, 0.0) - log_r) - th * log_r
+    d = xk * m / (m + 1e-8) - (xk + th) * r * odds
+    return ll, d, th * (digammas - log_r + (xk + th) * r * odds * iv - xk * iv)
+
+
+@fast
 def _of_large_counts(begin, end, x, mu, theta, ll, d, d_theta):
-    """For any x > 0, in float64: eight factors are split off each gamma function, Stirling's series does the rest."""
+    """For any x > 0, in float64."""
     for k in range(begin, end):
         xk, th = np.float64(x[k]), np.float64(theta[k])
-        iv = 1.0 / (th + 1e-8)
-        above, below, factorial, digammas = 1.0, 1.0, 1.0, 0.0
-        for j in range(8):
-            above *= th + j
-            below *= xk + th + j
-            factorial *= xk + 1.0 + j
-            digammas += xk / ((th + j) * (xk + th + j))
-        a, b, c = th + 8.0, xk + th + 8.0, xk + 9.0
-        ia, ib, ic = 1.0 / a, 1.0 / b, 1.0 / c
-        ia2, ib2, ic2 = ia * ia, ib * ib, ic * ic
-        ratio = _log64(1.0 + xk * ia, xk * ia)
-        q = _log64(above / below, 0.0) + (b - 0.5) * ratio - xk + xk * _log64(a * iv, 0.0)
-        q += ib * (1 / 12 - ib2 * (1 / 360 - ib2 * (1 / 1260 - ib2 * (1 / 1680))))
-        q -= ia * (1 / 12 - ia2 * (1 / 360 - ia2 * (1 / 1260 - ia2 * (1 / 1680))))
-        digammas += ratio + 0.5 * (ia - ib)
-        digammas += ia2 * (1 / 12 - ia2 * (1 / 120 - ia2 * (1 / 252)))
-        digammas -= ib2 * (1 / 12 - ib2 * (1 / 120 - ib2 * (1 / 252)))
-        log_factorial = (c - 0.5) * _log64(c, 0.0) - c + 0.9189385332046727 - _log64(factorial, 0.0)
-        log_factorial += ic * (1 / 12 - ic2 * (1 / 360 - ic2 * (1 / 1260 - ic2 * (1 / 1680))))
-        m = np.float64(mu[k])
-        r = m * iv
-        odds = 1.0 / (1.0 + r)
-        log_r = _log64(1.0 + r, r)
-        ll[k] = q - log_factorial + xk * (_log64(m + 1e-8, 0.0) - log_r) - th * log_r
-        d[k] = xk * m / (m + 1e-8) - (xk + th) * r * odds
-        d_theta[k] = th * (digammas - log_r + (xk + th) * r * odds * iv - xk * iv)
+        q, digammas = _gammas(xk, th)
+        ll[k], d[k], d_theta[k] = _of_gammas(q, digammas, xk, th, np.float64(mu[k]))
 
 
 @fast
@@ -469,6 +485,65 @@ def _poisson_parallel(
 # ---- the public functions: torch tensors in, torch tensors out -----------------------------------------------------
 
 
+@fast
+def _exp64(x):
+    """exp(x) in float64 for |x| < 700; beyond, as if it were there."""
+    x = min(max(x, -700.0), 700.0)
+    k = np.floor(x * 1.4426950408889634 + 0.5)
+    r = x - k * 6.93145751953125e-1 - k * 1.42860682030941723212e-6
+    p = 1.0 / 479001600
+    for n in (39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0):
+        p = p * r + 1.0 / n
+    return p * np.int64((np.int64(k) + np.int64(1023)) << np.int64(52)).view(np.float64)
+
+
+@kernel
+def _nb_mixture(begin, end, y, measured, log_background, log_ratio, log_theta, mixing, weight, ll, gradients):
+    """Mixture of two negative binomials for the rows from ``begin`` to ``end``, in float64: proteins are few."""
+    widest_vectors()
+    n = y.shape[1]
+    shared, wanted = log_theta.shape[0] == 1, gradients.shape[1] > 0
+    of_cell, made = np.empty(n), np.empty((4, n))
+    for i in range(begin, end):
+        log_theta_i = log_theta[0 if shared else i]
+        for t in range(n):
+            x, th = np.float64(y[i, t]), _exp64(np.float64(log_theta_i[t]))
+            back, p = _exp64(np.float64(log_background[i, t])), np.float64(mixing[i, t])
+            fore = back * _exp64(np.float64(log_ratio[i, t]))
+            q, digammas = _gammas(x, th)
+            ll_back, d_back, dt_back = _of_gammas(q, digammas, x, th, back)
+            ll_fore, d_fore, dt_fore = _of_gammas(q, digammas, x, th, fore)
+            u = ll_back - ll_fore + p  # log odds of background, given the count
+            e, e_p = _exp64(-abs(u)), _exp64(-abs(p))
+            is_back, is_fore = (1.0 if u > 0 else e) / (1 + e), (e if u > 0 else 1.0) / (1 + e)
+            of_cell[t] = max(ll_back, ll_fore - p) - max(-p, 0.0) + _log64((1 + e) / (1 + e_p), 0.0)
+            made[0, t] = is_back * d_back + is_fore * d_fore
+            made[1, t] = is_fore * d_fore
+            made[2, t] = is_back * dt_back + is_fore * dt_fore
+            made[3, t] = is_back - (1.0 if p > 0 else e_p) / (1 + e_p)
+        total = 0.0
+        for t in range(n):
+            if measured[i, t]:
+                # What is not finite must show, and the bits above would hide it.
+                total += 0.0 * (log_theta_i[t] + log_background[i, t] + log_ratio[i, t] + mixing[i, t] + y[i, t])
+                total += of_cell[t] if y[i, t] >= 0 else np.nan
+        ll[i] = total
+        if wanted:
+            for j in range(4):
+                for t in range(n):
+                    gradients[j, i, t] = weight * made[j, t] if measured[i, t] else 0.0
+
+
+@parallel
+def _nb_mixture_parallel(parts, y, measured, log_background, log_ratio, log_theta, mixing, weight, ll, gradients):
+    n = ll.size
+    for part in prange(parts):
+        _nb_mixture(
+            part * n // parts, (part + 1) * n // parts,
+            y, measured, log_background, log_ratio, log_theta, mixing, weight, ll, gradients,
+        )  # fmt: skip
+
+
 def negative_binomial(
     x: SparseRows,
     softmax: bool,
@@ -526,4 +601,32 @@ def poisson(
     return ll, d_logits, d_library, None, None
 
 
-LIKELIHOODS = {"zinb": negative_binomial, "nb": negative_binomial, "poisson": poisson}
+def nb_mixture(
+    y: Tensor,
+    measured: Tensor,
+    log_background: Tensor,
+    log_ratio: Tensor,
+    log_theta: Tensor,
+    mixing: Tensor,
+    weight: float,
+    gradients: bool,
+) -> tuple[Tensor, ...]:
+    """Log-probability of each row under a mixture of background and foreground, and ``weight`` times its gradients."""
+    n, n_proteins = y.shape
+    ll = torch.empty(n)
+    made = torch.empty(4, n if gradients else 0, n_proteins)
+    in_parallel(
+        _nb_mixture_parallel,
+        *arrays(y, measured, log_background, log_ratio, log_theta.reshape(-1, n_proteins), mixing),
+        f4(weight),
+        *arrays(ll, made),
+    )
+    return ll, *made
+
+
+LIKELIHOODS = {
+    "zinb": negative_binomial,
+    "nb": negative_binomial,
+    "poisson": poisson,
+    "nb mixture": nb_mixture,
+}

@@ -58,6 +58,14 @@ class SparseRows:
         indptr, genes, values = map(torch.from_numpy, gathered)
         return replace(self, indptr=indptr, genes=genes, values=values)
 
+    def __truediv__(self, divisors: Tensor) -> SparseRows:
+        """Each row divided by its own number, (B, 1)."""
+        return replace(self, values=self.values / divisors.flatten().repeat_interleave(self.indptr.diff()))
+
+    def mean(self, dim: int, keepdim: bool = False) -> Tensor:
+        """Mean over the genes (``dim=-1``), shape (B,), or (B, 1) with ``keepdim``."""
+        return self.sum(dim, keepdim) / self.n_genes
+
     def log1p(self) -> SparseRows:
         """log(1 + x)."""
         return replace(self, values=torch.log1p(self.values))

@@ -96,11 +96,16 @@ def show() -> pd.DataFrame:
 
 def build(spec: ModelSpec, config: object, summary: DataSummary, frozen: Mapping | None = None) -> nn.Module:
     """A fresh module for data of these sizes, around one that is ``frozen`` where a fit has such a part."""
-    inside = {}
+    sizes, inside = asdict(summary), {}
+    proteins = sizes.pop("proteins")
+    shape = [sizes.pop("n_input")]
+    if "protein" in spec.needs(config):
+        shape.append(proteins.pop("n_proteins"))
+        sizes |= proteins
     if frozen is not None:
         part = get(frozen["model"])
         inside["frozen"] = build(part, part.config(**frozen["config"]), summary)
-    return spec.module(**asdict(summary), **asdict(config), **inside)
+    return spec.module(*shape, **sizes, **asdict(config), **inside)
 
 
 def restore(fit: SavedFit, summary: DataSummary) -> nn.Module:

@@ -24,7 +24,7 @@ from scvi_ext.kernels.sparse import SparseRows
 from scvi_ext.nn.covariates import Covariates
 from scvi_ext.nn.decoders import DISPERSIONS
 from scvi_ext.nn.dispersion import Dispersion
-from scvi_ext.nn.encoders import Encoder
+from scvi_ext.nn.encoders import Encoder, EncoderInput
 from scvi_ext.nn.library import SizeFactorLibrary, make_library
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class CountVAE(nn.Module, ABC):
         Where to normalise: ``"encoder"``, ``"decoder"``, ``"both"`` or ``"none"``.
     library_log_means, library_log_vars
         Prior of a latent log library in each batch, shape (K,).
+    n_dense_input
+        Columns that the encoders see beside the genes, other than covariates.
 
     Raises
     ------
@@ -132,6 +134,7 @@ class CountVAE(nn.Module, ABC):
         use_layer_norm: str = "none",
         library_log_means: Sequence[float] = (),
         library_log_vars: Sequence[float] = (),
+        n_dense_input: int = 0,
     ):
         super().__init__()
         one_of("dispersion", dispersion, DISPERSIONS)
@@ -190,7 +193,7 @@ class CountVAE(nn.Module, ABC):
 
         def encoder(n_output: int, n_layers: int) -> Encoder:
             return Encoder(
-                n_input + (self.covariates.n_dense if encode_covariates else 0),
+                n_input + n_dense_input + (self.covariates.n_dense if encode_covariates else 0),
                 n_output,
                 self.covariates.n_cat_list if encode_covariates else None,
                 n_layers,
@@ -214,7 +217,7 @@ class CountVAE(nn.Module, ABC):
 
     def encode(self, cells: Minibatch) -> Posterior:
         """q(z | x) before :meth:`transform_z`, shape (B, L)."""
-        return self.z_encoder.posterior(*self._encoder_input(cells))
+        return self.z_encoder.of(self._encoder_input(cells))
 
     def encode_library(self, cells: Minibatch) -> Posterior | None:
         """q(l | x), shape (B, 1), or None where the library is observed or given."""
@@ -291,7 +294,7 @@ class CountVAE(nn.Module, ABC):
     def posteriors(self, cells: Minibatch) -> tuple[Posterior, Posterior | None]:
         """q(z | x) and q(l | x); the latter is None where the library is known."""
         encoder_input = self._encoder_input(cells)
-        return self.z_encoder.posterior(*encoder_input), self.library.posterior(cells, encoder_input)
+        return self.z_encoder.of(encoder_input), self.library.posterior(cells, encoder_input)
 
     def draw(
         self, cells: Minibatch, posteriors: tuple[Posterior, Posterior | None], noise: Tensor | None = None
@@ -325,12 +328,11 @@ class CountVAE(nn.Module, ABC):
             noise = torch.randn(qz.loc.shape[0], _LOGISTIC_NORMAL_SAMPLES, qz.loc.shape[1], device=qz.loc.device)
         return self.transform_z(qz.loc.unsqueeze(1) + qz.scale.unsqueeze(1) * noise).mean(1)
 
-    def _encoder_input(self, cells: Minibatch) -> tuple[Tensor, ...]:
+    def _encoder_input(self, cells: Minibatch) -> EncoderInput:
         x = cells.x.log1p() if self.log_variational else cells.x
         if not self.encode_covariates:
-            return (x,)
-        dense = x.to_dense() if self.covariates.n_dense else x
-        return (self.covariates.append(dense, cells), *self.covariates.codes(cells))
+            return EncoderInput(x)
+        return EncoderInput(x, self.covariates.dense(cells), tuple(self.covariates.codes(cells)))
 
     # ---- the seed's vocabulary (scVI 0.5.0): tensors in, tensors out -----------------------------------------------
 

@@ -168,7 +168,7 @@ class VAEC(CountVAE):
         """q(z | x, y) at the label, or the most probable one, and q(l | x); the latter is None where it is known."""
         cells = self.with_labels(cells)
         encoder_input = self._encoder_input(cells)
-        qz = self.z_encoder.posterior(*encoder_input, *self._label_codes(cells))
+        qz = self.z_encoder.of(encoder_input.with_codes(*self._label_codes(cells)))
         return qz, self.library.posterior(cells, encoder_input)
 
     def encode(self, cells: Minibatch) -> Posterior:

@@ -42,14 +42,17 @@ class Covariates(nn.Module):
         self.n_categorical = len(n_cats_per_cov)
         self.n_continuous = n_continuous_cov
 
-    def append(self, x: Tensor, cells: Minibatch) -> Tensor:
-        """``x`` (B, n) or (S, B, n) with the dense covariates as further columns."""
-        dense = [] if cells.continuous is None else [cells.continuous]
+    def dense(self, cells: Minibatch) -> Tensor | None:
+        """The dense covariates side by side, (B, n_dense), or None if there are none."""
+        columns = [] if cells.continuous is None else [cells.continuous]
         if self.batch_embedding is not None:
-            dense.append(self.batch_embedding(cells.batch_index))
-        if not dense:
-            return x
-        return torch.cat([x, *(d.expand(*x.shape[:-1], -1) for d in dense)], dim=-1)
+            columns.append(self.batch_embedding(cells.batch_index))
+        return torch.cat(columns, dim=-1) if columns else None
+
+    def append(self, z: Tensor, cells: Minibatch) -> Tensor:
+        """``z`` (B, L) or (S, B, L) with the dense covariates as further columns."""
+        dense = self.dense(cells)
+        return z if dense is None else torch.cat([z, dense.expand(*z.shape[:-1], -1)], dim=-1)
 
     def codes(self, cells: Minibatch) -> list[Tensor]:
         """Integer codes (B,), one tensor for each entry of ``n_cat_list``."""

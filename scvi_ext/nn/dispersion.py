@@ -14,29 +14,31 @@ if TYPE_CHECKING:
 
 
 class Dispersion(nn.Module):
-    """theta = exp(log_theta), one value per gene, per gene and batch, or per gene and label.
+    """theta = exp(log_theta), one value per gene (or protein), per gene and batch, or per gene and label.
 
     Parameters
     ----------
     kind
-        ``"gene"``, ``"gene-batch"`` or ``"gene-label"``. (``"gene-cell"`` is a head of the decoder.)
-    n_genes, n_batch, n_labels
+        ``"gene"``, ``"gene-batch"`` or ``"gene-label"``, or the same of ``"protein"``. (``"gene-cell"`` is a head of
+        the decoder.)
+    n_features, n_batch, n_labels
         Sizes.
     """
 
-    def __init__(self, kind: str, n_genes: int, n_batch: int, n_labels: int):
+    def __init__(self, kind: str, n_features: int, n_batch: int, n_labels: int):
         super().__init__()
-        rows = {"gene": (), "gene-batch": (max(n_batch, 1),), "gene-label": (n_labels,)}[kind]
-        self.column = {"gene": None, "gene-batch": "batch_index", "gene-label": "labels"}[kind]
+        self.kind, by = kind, kind.partition("-")[2]
+        rows = {"": (), "batch": (max(n_batch, 1),), "label": (n_labels,)}[by]
+        self.column = {"": None, "batch": "batch_index", "label": "labels"}[by]
         # All at 1. The reference starts at random, and a gene that starts far off does not arrive in a short fit.
-        self.log_theta = nn.Parameter(torch.zeros(*rows, n_genes))
+        self.log_theta = nn.Parameter(torch.zeros(*rows, n_features))
 
     def forward(self, cells: Minibatch) -> Tensor:
-        """log(theta), shape (G,) or (B, G)."""
+        """log(theta), shape (n_features,) or (B, n_features)."""
         if self.column is None:
             return self.log_theta
         codes = getattr(cells, self.column)
         if codes is None:
-            msg = "dispersion='gene-label' needs the label of each cell, and no labels were given."
+            msg = f"dispersion={self.kind!r} needs the label of each cell, and no labels were given."
             raise ValueError(msg)
         return self.log_theta[codes]

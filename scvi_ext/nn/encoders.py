@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -16,8 +16,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from scvi_ext.kernels.sparse import SparseRows
+
 _VAR_EPS = 1e-4  # smallest variance, as in scVI 0.5.0
 _MAX_LOG_VAR = 20.0  # exp(20) is far beyond any useful posterior, and far below the overflow at exp(88)
+
+
+class EncoderInput(NamedTuple):
+    """What an encoder is shown of the cells."""
+
+    x: Tensor | SparseRows  # (B, G)
+    dense: Tensor | None = None  # (B, n) further columns
+    codes: tuple[Tensor, ...] = ()  # (B,) of each categorical covariate
+
+    def with_codes(self, *codes: Tensor) -> EncoderInput:
+        """The same with further categories."""
+        return self._replace(codes=(*self.codes, *codes))
 
 
 class Encoder(nn.Module):
@@ -51,12 +65,16 @@ class Encoder(nn.Module):
         self.mean_encoder = nn.Linear(n_hidden, n_output)
         self.var_encoder = nn.Linear(n_hidden, n_output)
 
-    def posterior(self, x: Tensor, *cat_list: Tensor) -> Posterior:
+    def posterior(self, x: Tensor | SparseRows, *cat_list: Tensor, dense: Tensor | None = None) -> Posterior:
         """q(z | x) of shape (B, n_output): variance exp(linear) + 1e-4."""
-        h = self.encoder(x, *cat_list)  # (B, n_hidden)
+        h = self.encoder(x, *cat_list, dense=dense)  # (B, n_hidden)
         dtype = self.mean_encoder.weight.dtype  # casts end here: z and its likelihoods have the parameters' precision
         loc, log_var = self.mean_encoder(h).to(dtype), self.var_encoder(h).to(dtype)
         return Posterior(loc, torch.sqrt(torch.exp(log_var.clamp(max=_MAX_LOG_VAR)) + _VAR_EPS))
+
+    def of(self, cells: EncoderInput) -> Posterior:
+        """The same of all that is shown of the cells."""
+        return self.posterior(cells.x, *cells.codes, dense=cells.dense)
 
     def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and one sample, each of shape (B, n_output)."""

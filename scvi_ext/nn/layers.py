@@ -130,14 +130,21 @@ class FCLayers(nn.Module):
             for layer in self.layers if inject_covariates else self.layers[:1]:
                 layer.linear.weight[:, layer.linear.in_features - n_cov :] *= covariate_gain
 
-    def forward(self, x: Tensor | SparseRows, *cat_list: Tensor, instance_id: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor | SparseRows, *cat_list: Tensor, dense: Tensor | None = None, instance_id: int = 0
+    ) -> Tensor:
         """Map (B, n_in) or (S, B, n_in) to n_out; ``cat_list`` are codes (B,), (B, 1) or one-hot (B, n), (S, 1, n).
 
-        The product with ``x`` is made once for all S, where only the covariates differ between them.
+        The product with ``x`` is made once for all S, where only the covariates differ between them. ``dense`` are the
+        last of the n_in columns, (B, n), where ``x`` is sparse and has the first ones only.
         """
         covariates = self._one_hots(cat_list)
+        beside = covariates
+        if dense is not None:
+            dense = dense.to(self.layers[0].linear.weight.dtype)
+            beside = dense if covariates is None else torch.cat([dense, covariates], dim=-1)
         for i, layer in enumerate(self.layers):
-            x = layer(x, covariates if i == 0 or self.inject_covariates else None, instance_id)
+            x = layer(x, beside if i == 0 else covariates if self.inject_covariates else None, instance_id)
         return x
 
     def for_sparse_rows(self) -> FCLayers:

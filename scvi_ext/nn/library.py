@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scvi_ext._contract import Minibatch
-    from scvi_ext.nn.encoders import Encoder
+    from scvi_ext.nn.encoders import Encoder, EncoderInput
 
 _EMPTY = 1e-8  # keeps the log of an empty cell finite; without effect in float32 from one count on
 
@@ -24,7 +24,7 @@ _EMPTY = 1e-8  # keeps the log of an empty cell finite; without effect in float3
 class ObservedLibrary(nn.Module):
     """The library size is the sum of the counts."""
 
-    def posterior(self, cells: Minibatch, encoder_input: tuple[Tensor, ...]) -> None:
+    def posterior(self, cells: Minibatch, encoder_input: EncoderInput) -> None:
         """There is none: the library is known."""
 
     def point(self, cells: Minibatch) -> Tensor:
@@ -61,9 +61,9 @@ class LatentLibrary(nn.Module):
         self.register_buffer("log_means", torch.as_tensor(log_means, dtype=torch.float32))
         self.register_buffer("log_vars", torch.as_tensor(log_vars, dtype=torch.float32))
 
-    def posterior(self, cells: Minibatch, encoder_input: tuple[Tensor, ...]) -> Posterior:
+    def posterior(self, cells: Minibatch, encoder_input: EncoderInput) -> Posterior:
         """q(l | x), shape (B, 1)."""
-        return self.encoder.posterior(*encoder_input)
+        return self.encoder.of(encoder_input)
 
     def prior(self, cells: Minibatch) -> Posterior:
         """p(l) in the batch of each cell, shape (B, 1)."""

@@ -15,11 +15,13 @@ from scvi_ext import results
 from scvi_ext._errors import ScviExtWarning, listing, missing_key, one_of, unknown_keyword
 from scvi_ext._keys import UNS
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
+from scvi_ext.data.matrix import read_all
+from scvi_ext.data.proteins import missing_proteins
 from scvi_ext.data.registry import Registry, codes, read_root, stale_slots
 from scvi_ext.data.store import check_in_memory, check_unique_genes, numeric_column, protein_matrix, size_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _ELSEWHERE = {"protein_expression_obsm_key": "protein_obsm_key"}  # keywords of scvi-tools that have another name here
 _MIN_CELLS = 3
@@ -37,6 +39,7 @@ def setup_anndata(
     continuous_covariate_keys: Sequence[str] | None = None,
     protein_obsm_key: str | None = None,
     protein_names_uns_key: str | None = None,
+    protein_batch_mask: Mapping[str, Sequence] | Literal["auto"] | None = "auto",
     check: Literal["error", "warn"] = "error",
     copy: bool = False,
     **unknown: Any,
@@ -70,9 +73,14 @@ def setup_anndata(
         standard deviation around 1.
     protein_obsm_key
         Entry of ``obsm`` with protein counts, cells x proteins: a table, an array or a sparse matrix. Cells without
-        any protein count are allowed: they stand for cells whose proteins were not measured.
+        any protein count are allowed.
     protein_names_uns_key
         Entry of ``uns`` with the names of the proteins, for an array; by default ``protein_0``, ``protein_1``, ...
+    protein_batch_mask
+        Which proteins were measured in which batch. ``"auto"``: one without a count in any cell of a batch, but with
+        counts elsewhere, was not measured there; models do not take its zeros for measurements, and impute it. None:
+        all zeros are measurements. Or a mapping from batches to the names of the proteins that were measured there, or
+        to a mask of them; batches that are not named have measured all.
     check
         ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns, for counts that are meant
         to be so: estimated (SoupX, CellBender) or downsampled to one depth.
@@ -138,6 +146,9 @@ def setup_anndata(
         labels_categories=_labels(obs, labels_key, unlabeled_category),
         covariate_categories=tuple(complete_categories(obs, key) for key in categorical),
     )
+    if protein_obsm_key is None and not isinstance(protein_batch_mask, str):
+        msg = "protein_batch_mask is given without protein_obsm_key; name the protein counts too."
+        raise ValueError(msg)
     for key in continuous:
         numeric_column(obs, key)
     if size_factor_key is not None:
@@ -145,6 +156,8 @@ def setup_anndata(
 
     clean = report_audits(audit_registered(adata, registry), check)
     _warn_small_batches(obs, registry)
+    if protein_obsm_key is not None:
+        registry = replace(registry, missing_proteins=_missing_proteins(adata, registry, protein_batch_mask))
 
     adata = adata.copy() if copy else adata
     results.write_setup(adata, replace(registry, audit="clean" if clean else None).to_uns())
@@ -240,6 +253,14 @@ def _protein_names(adata: AnnData, key: str | None, names_key: str | None) -> tu
     return names
 
 
+def _missing_proteins(adata: AnnData, registry: Registry, given: Any) -> tuple[tuple[str, ...], ...]:
+    counts = read_all(protein_matrix(adata, registry.protein_obsm_key, registry.protein_names)).toarray()
+    batch_index = np.zeros(adata.n_obs, dtype=np.int64)
+    if registry.batch_key is not None:
+        batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)
+    return missing_proteins(counts, batch_index, registry.protein_names, registry.batch_categories, given)
+
+
 def _warn_small_batches(obs: pd.DataFrame, registry: Registry) -> None:
     if registry.batch_key is None:
         return
@@ -269,6 +290,9 @@ def _log(adata: AnnData, registry: Registry) -> None:
         parts.append(f"covariates ({listing(covariates)})")
     if registry.protein_obsm_key is not None:
         parts.append(f"{len(registry.protein_names)} proteins ({registry.protein_obsm_key!r})")
+    for batch, names in zip(registry.batch_categories, registry.missing_proteins, strict=False):
+        if names:
+            logg.info(f"batch {batch!r} has not measured {len(names)} proteins: {listing(names)}")
     logg.info(f"registered {', '.join(parts)}", deep=f"added\n    {UNS.root!r}, what models read (adata.uns)")
     fits = read_root(adata).get(UNS.fits, {})
     stale = [key for key, fit in fits.items() if stale_slots(Registry.from_uns(fit["setup"]), registry)]

@@ -175,8 +175,10 @@ def _config(
         value = model_params.get(field.name)
         if value is None and field.default is None:
             continue
-        if field.default is None:
+        if "tuple" in field.type:
             model_params[field.name] = _by_label(field.name, value, registry)
+        elif field.default is None:
+            whole_number(field.name, value, 1)
         elif field.name in model_params:
             _check_type(field.name, value, field.default)
     return spec.config(**model_params)

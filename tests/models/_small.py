@@ -9,9 +9,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from scvi_ext import models
-from scvi_ext._contract import Capability, DataSummary, Minibatch
+from scvi_ext._contract import Capability, DataSummary, Minibatch, ProteinSummary
 
 N_CELLS = 24
+PROTEINS = ProteinSummary(
+    n_proteins=4,
+    protein_batch_mask=((True, True, True, True), (True, False, True, False), (True, True, True, True)),
+    background_means=((1.0, 2.0, 0.5, 1.5),) * 3,
+    background_scales=((0.5, 0.4, 0.3, 0.6),) * 3,
+)
 SUMMARY = DataSummary(
     n_input=13,
     n_batch=3,
@@ -20,8 +26,16 @@ SUMMARY = DataSummary(
     n_continuous_cov=2,
     library_log_means=(2.0, 2.5, 3.0),
     library_log_vars=(0.2, 0.3, 0.4),
+    proteins=PROTEINS,
 )
-BARE = DataSummary(n_input=7, n_batch=1, n_labels=1, library_log_means=(2.0,), library_log_vars=(0.3,))
+BARE = DataSummary(
+    n_input=7,
+    n_batch=1,
+    n_labels=1,
+    library_log_means=(2.0,),
+    library_log_vars=(0.3,),
+    proteins=ProteinSummary(3, ((True,) * 3,), ((1.0,) * 3,), ((0.5,) * 3,)),
+)
 SMALL = {"n_hidden": 8, "n_latent": 3}
 
 # Values for the options whose type does not list them. An option that is missing here fails the test of its effect.
@@ -33,13 +47,17 @@ VALUES = {
     "classification_ratio": (50.0, 1.0),
     "y_prior": (None, (0.4, 0.3, 0.2, 0.1)),
     "labels_groups": (None, ("a", "b", "a", "b")),
+    "n_layers_encoder": (None, 2),
+    "dropout_rate_decoder": (0.2, 0.0),
+    "dropout_rate_encoder": (0.2, 0.0),
+    "protein_weight": (1.0, 0.5),
 }
 
 # What an option needs beside it to have an effect.
 BESIDE = {"deeply_inject_covariates": {"n_layers": 2, "encode_covariates": True}}
 
 GENERATIVE = [name for name in models.names() if Capability.COUNTS in models.get(name).capabilities]
-CROSSED = ("reconstruction_loss", "dispersion", "library")
+CROSSED = ("reconstruction_loss", "dispersion", "library", "reconstruction_loss_gene", "gene_dispersion")
 
 
 def build(name: str, summary: DataSummary = SUMMARY, *, seed: int = 0, **options: Any) -> torch.nn.Module:
@@ -64,6 +82,10 @@ def make_cells(summary: DataSummary = SUMMARY, n_cells: int = N_CELLS, seed: int
         continuous=torch.randn(n_cells, summary.n_continuous_cov, generator=generator, dtype=torch.float64)
         if summary.n_continuous_cov
         else None,
+        protein=torch.poisson(
+            20 * torch.rand(n_cells, summary.proteins.n_proteins, generator=generator, dtype=torch.float64),
+            generator=generator,
+        ),
     )
 
 

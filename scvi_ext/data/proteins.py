@@ -1,0 +1,117 @@
+"""Proteins: which were measured in which batch, and where their background is to be looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scvi_ext._errors import listing, missing_key, one_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+_CELLS = 1000  # of a batch, to look for the background in: their means are known to a few percent then
+_ITERATIONS = 50
+_MIN_SCALE = 0.1  # of a component on the log scale: narrower than any staining
+
+
+def missing_proteins(
+    counts: np.ndarray, batch_index: np.ndarray, names: Sequence[str], batches: Sequence[str], given: Any
+) -> tuple[tuple[str, ...], ...]:
+    """Names of the proteins that were not measured in each batch; () where all were measured everywhere.
+
+    Parameters
+    ----------
+    counts
+        Shape (n, P).
+    batch_index
+        Codes of the batches, shape (n,).
+    names, batches
+        Of proteins and batches.
+    given
+        ``"auto"``: those that are zero in all cells of a batch, and in no other all. None: none. Or a mapping from
+        batches to the names of the proteins measured there, or to a mask of them; of other batches, all.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, Mapping):
+        measured = _measured(given, names, batches)
+    else:
+        one_of("protein_batch_mask", given, ("auto",))
+        measured = np.stack([(counts[batch_index == k] > 0).any(0) for k in range(max(1, len(batches)))])
+        measured |= ~measured.any(0)  # zero everywhere: nothing says that it was measured anywhere else
+    if measured.all():
+        return ()
+    return tuple(tuple(name for name, known in zip(names, row, strict=True) if not known) for row in measured)
+
+
+def _measured(given: Mapping[Any, Any], names: Sequence[str], batches: Sequence[str]) -> np.ndarray:
+    """The mapping of a user as a mask, (K, P)."""
+    if not batches:
+        msg = "protein_batch_mask says what was measured in which batch, and no batch_key is given: name the batches."
+        raise ValueError(msg)
+    mask = np.ones((len(batches), len(names)), dtype=bool)
+    for batch, of_batch in given.items():
+        if str(batch) not in batches:
+            raise missing_key("the batches of protein_batch_mask", str(batch), batches)
+        chosen = np.atleast_1d(np.asarray(of_batch))
+        if chosen.dtype == bool:
+            if chosen.shape != (len(names),):
+                msg = f"protein_batch_mask[{batch!r}] has {chosen.size} entries; there are {len(names)} proteins."
+                raise ValueError(msg)
+        else:
+            unknown = [name for name in map(str, chosen) if name not in names]
+            if unknown:
+                msg = f"protein_batch_mask[{batch!r}] names proteins that do not exist: {listing(unknown)}."
+                raise KeyError(msg)
+            chosen = np.isin(names, list(map(str, chosen)))
+        mask[batches.index(str(batch))] = chosen
+    nowhere = [name for name, somewhere in zip(names, mask.any(0), strict=True) if not somewhere]
+    if nowhere:
+        msg = f"protein_batch_mask leaves proteins that were measured in no batch: {listing(nowhere)}. Drop them."
+        raise ValueError(msg)
+    return mask
+
+
+def background(counts: np.ndarray, batch_index: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the log of background counts, (K, P) each: the lower of two normal components.
+
+    They are fitted to the log1p counts of each protein and batch; a protein that was not measured in a batch gets the
+    means over the batches where it was. Only where to start from: the prior of the background is learned.
+
+    References
+    ----------
+    Gayoso et al. (2021), Nature Methods 18, 272, methods (there, over the proteins of a cell).
+    """
+    means, scales = np.zeros(mask.shape), np.ones(mask.shape)
+    for k in range(len(mask)):
+        cells = np.flatnonzero(batch_index == k)
+        cells = cells[:: max(1, len(cells) // _CELLS)]
+        if len(cells):
+            means[k], scales[k] = _lower_component(np.log1p(counts[cells].astype(np.float64)))
+    known = mask & np.isin(np.arange(len(mask)), batch_index)[:, None]
+    for values in (means, scales):
+        elsewhere = np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1)
+        values[:] = np.where(known, values, elsewhere)
+    return means, np.maximum(scales, _MIN_SCALE)
+
+
+def _lower_component(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the lower of two normal components of each column, by EM."""
+    loc = np.quantile(values, [0.25, 0.9], axis=0)  # (2, P)
+    scale = np.maximum(np.stack([values.std(0)] * 2) / 2, _MIN_SCALE)
+    share = np.full_like(loc, 0.5)
+    for _ in range(_ITERATIONS):
+        log_p = np.log(share) - np.log(scale) - 0.5 * ((values[:, None] - loc) / scale) ** 2  # (n, 2, P)
+        p = np.exp(log_p - log_p.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        weight = p.sum(0) + 1e-9
+        share = weight / weight.sum(0)
+        loc = (p * values[:, None]).sum(0) / weight
+        scale = np.sqrt((p * (values[:, None] - loc) ** 2).sum(0) / weight)
+        scale = np.maximum(scale, _MIN_SCALE)
+    lower = loc.argmin(0)[None]
+    return np.take_along_axis(loc, lower, 0)[0], np.take_along_axis(scale, lower, 0)[0]
