@@ -142,7 +142,7 @@ class FCLayers(nn.Module):
         beside = covariates
         if dense is not None:
             dense = dense.to(self.layers[0].linear.weight.dtype)
-            beside = dense if covariates is None else torch.cat([dense, covariates], dim=-1)
+            beside = dense if covariates is None else _side_by_side([dense, covariates])
         for i, layer in enumerate(self.layers):
             x = layer(x, beside if i == 0 else covariates if self.inject_covariates else None, instance_id)
         return x
@@ -163,5 +163,10 @@ class FCLayers(nn.Module):
             return None
         dtype = self.layers[0].linear.weight.dtype
         columns = [(c if c.shape[-1] == n and c.dim() > 1 else one_hot(c, n)).to(dtype) for c, n in kept]
-        lead = torch.broadcast_shapes(*(c.shape[:-1] for c in columns))
-        return torch.cat([c.expand(*lead, -1) for c in columns], dim=-1)
+        return _side_by_side(columns)
+
+
+def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Columns of B cells or of S samples of them, (B, n), (S, 1, n) or (S, B, n), as one tensor."""
+    lead = torch.broadcast_shapes(*(c.shape[:-1] for c in columns))
+    return torch.cat([c.expand(*lead, -1) for c in columns], dim=-1)
