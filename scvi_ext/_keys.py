@@ -93,6 +93,18 @@ class FitKeys:
         return f"{self.key}_posterior_predictive"  # a sample in layers or obsm, a check in uns
 
     @property
+    def protein(self) -> str:
+        return f"{self.key}_protein"  # obsm, as all tables of cells x proteins
+
+    @property
+    def protein_foreground(self) -> str:
+        return f"{self.key}_protein_foreground"  # obsm
+
+    @property
+    def protein_background(self) -> str:
+        return f"{self.key}_protein_background"  # obsm
+
+    @property
     def correlation(self) -> str:
         return f"{self.key}_correlation"  # varp
 

@@ -171,27 +171,34 @@ class Fitted:
 
     def gene_positions(self, gene_list: Sequence[str] | None) -> np.ndarray | None:
         """Positions of genes in the module's order; None for all."""
-        if gene_list is None:
+        return None if gene_list is None else _positions("gene", gene_list, self.fit.var_names, "adata.var_names[...]")
+
+    def protein_positions(self, protein_list: Sequence[str] | None) -> np.ndarray | None:
+        """The same of proteins."""
+        if protein_list is None:
             return None
-        gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
-        other = next((gene for gene in gene_list if not isinstance(gene, str)), None)
-        if other is not None:
-            kind = type(other).__name__
-            msg = f"gene_list holds {other!r} ({kind}); names are needed: of a mask or positions, adata.var_names[...]."
-            raise TypeError(msg)
-        repeated = sorted({gene for gene in gene_list if gene_list.count(gene) > 1})
-        if repeated or not gene_list:
-            found = (
-                f"has genes more than once: {listing(repeated)}. Name each" if gene_list else "is empty: name at least"
-            )
-            msg = f"gene_list {found} one gene, or None for all."
-            raise ValueError(msg)
-        known = {name: i for i, name in enumerate(self.fit.var_names)}
-        absent = [gene for gene in gene_list if gene not in known]
-        if absent:
-            msg = f"{len(absent)} of the {len(gene_list)} genes in gene_list are not in the fit: {listing(absent)}."
-            raise KeyError(msg)
-        return np.array([known[gene] for gene in gene_list])
+        return _positions("protein", protein_list, self.registry.protein_names, "the columns of its table")
+
+
+def _positions(kind: str, names: Sequence[str], known: Sequence[str], where: str) -> np.ndarray:
+    """Positions of ``names`` among the ``known`` names of this kind; ``where`` names are found."""
+    names = [names] if isinstance(names, str) else list(names)
+    other = next((name for name in names if not isinstance(name, str)), None)
+    if other is not None:
+        found = type(other).__name__
+        msg = f"{kind}_list holds {other!r} ({found}); names are needed: of a mask or positions, {where}."
+        raise TypeError(msg)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or not names:
+        found = f"has {kind}s more than once: {listing(repeated)}. Name each" if names else "is empty: name at least"
+        msg = f"{kind}_list {found} one {kind}, or None for all."
+        raise ValueError(msg)
+    position = {name: i for i, name in enumerate(known)}
+    absent = [name for name in names if name not in position]
+    if absent:
+        msg = f"{len(absent)} of the {len(names)} {kind}s in {kind}_list are not in the fit: {listing(absent)}."
+        raise KeyError(msg)
+    return np.array([position[name] for name in names])
 
 
 def require(capability: Capability, fit: SavedFit) -> None:

@@ -15,6 +15,9 @@ from scvi_ext.tl._get_likelihood_parameters import get_likelihood_parameters
 from scvi_ext.tl._get_loadings import get_loadings
 from scvi_ext.tl._get_marginal_ll import get_marginal_ll
 from scvi_ext.tl._get_normalized_expression import get_normalized_expression
+from scvi_ext.tl._get_protein_background import get_protein_background
+from scvi_ext.tl._get_protein_expression import get_protein_expression
+from scvi_ext.tl._get_protein_foreground import get_protein_foreground
 from scvi_ext.tl._get_reconstruction_error import get_reconstruction_error
 from scvi_ext.tl._imputation_score import imputation_score
 from scvi_ext.tl._map_query import map_query
@@ -38,6 +41,9 @@ __all__ = [
     "get_loadings",
     "get_marginal_ll",
     "get_normalized_expression",
+    "get_protein_background",
+    "get_protein_expression",
+    "get_protein_foreground",
     "get_reconstruction_error",
     "imputation_score",
     "map_query",
