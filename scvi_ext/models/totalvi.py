@@ -45,7 +45,7 @@ from scvi_ext.nn.dispersion import Dispersion
 from scvi_ext.nn.encoders import EncoderInput
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -178,8 +178,10 @@ class TOTALVI(CountVAE):
         one_of("reconstruction_loss_gene", reconstruction_loss_gene, ("nb", "zinb"))
         one_of("protein_background", protein_background, ("empirical", "learned"))
         one_of("adversarial_classifier", adversarial_classifier, ("auto", "on", "off"))
-        _check(n_input_proteins, n_batch, n_labels, protein_dispersion, adversarial_classifier)
-        _check_numbers(dropout_rate_decoder, protein_weight)
+        dispersions = {"gene_dispersion": gene_dispersion, "protein_dispersion": protein_dispersion}
+        _check(n_input_proteins, n_batch, n_labels, dispersions, adversarial_classifier)
+        dropout = {"dropout_rate_encoder": dropout_rate_encoder, "dropout_rate_decoder": dropout_rate_decoder}
+        _check_numbers(n_layers_encoder, dropout, protein_weight)
         super().__init__(
             n_input_genes,
             n_batch,
@@ -472,22 +474,29 @@ class TOTALVI(CountVAE):
         return self._cells(x, batch_index, label)._replace(protein=y)
 
 
-def _check(n_proteins: int, n_batch: int, n_labels: int, dispersion: str, adversarial_classifier: str) -> None:
+def _check(
+    n_proteins: int, n_batch: int, n_labels: int, dispersions: Mapping[str, str], adversarial_classifier: str
+) -> None:
     if n_proteins < 1:
         msg = "totalVI needs proteins: register their counts with pp.setup_anndata(adata, protein_obsm_key=...)."
         raise ValueError(msg)
-    if dispersion == "protein-label" and n_labels < 1:
-        msg = "protein_dispersion='protein-label' needs labels: register them with pp.setup_anndata(labels_key=...)."
-        raise ValueError(msg)
+    for option, kind in dispersions.items():
+        if kind.endswith("-label") and n_labels < 1:
+            msg = f"{option}={kind!r} needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
+            raise ValueError(msg)
     if adversarial_classifier == "on" and n_batch < 2:
         msg = "adversarial_classifier='on' has no effect: there is one batch, and nothing to tell from it."
         raise ValueError(msg)
 
 
-def _check_numbers(dropout_rate: float, protein_weight: float) -> None:
-    if not 0 <= dropout_rate < 1:
-        msg = f"dropout_rate_decoder={dropout_rate} must be at least 0 and below 1."
+def _check_numbers(n_layers_encoder: int | None, dropout_rates: Mapping[str, float], protein_weight: float) -> None:
+    if n_layers_encoder is not None and n_layers_encoder < 1:
+        msg = f"n_layers_encoder={n_layers_encoder} must be 1 or more."
         raise ValueError(msg)
+    for option, rate in dropout_rates.items():
+        if not 0 <= rate < 1:
+            msg = f"{option}={rate} must be at least 0 and below 1."
+            raise ValueError(msg)
     if not 0 < protein_weight < math.inf:
         msg = f"protein_weight={protein_weight} must be positive and finite."
         raise ValueError(msg)
