@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from ._pbmc68k_counts import pbmc68k_counts
-from ._synthetic import synthetic_corr, synthetic_iid, synthetic_random, synthetic_zi_corr
+from ._synthetic import synthetic_cite, synthetic_corr, synthetic_iid, synthetic_random, synthetic_zi_corr
 
-__all__ = ["pbmc68k_counts", "synthetic_corr", "synthetic_iid", "synthetic_random", "synthetic_zi_corr"]
+__all__ = [
+    "pbmc68k_counts",
+    "synthetic_cite",
+    "synthetic_corr",
+    "synthetic_iid",
+    "synthetic_random",
+    "synthetic_zi_corr",
+]

@@ -332,6 +332,114 @@ def synthetic_zi_corr(
     return adata
 
 
+def synthetic_cite(
+    *,
+    n_cells_batch: int = 300,
+    n_genes: int = 100,
+    n_proteins: int = 15,
+    n_batches: int = 2,
+    n_types: int = 4,
+    n_missing: int = 0,
+    seed: int = 0,
+) -> AnnData:
+    r"""Draw genes and proteins of the same cells, where every protein count is background or foreground.
+
+    Cell types are uniform. Gene :math:`g` is three times as high in type :math:`g \bmod` ``n_types``, and every batch
+    has factors of its own for the genes:
+
+    .. math::
+
+        x_{cg} \sim \mathrm{NB}(\text{mean } l_c \rho_{cg}, \theta = 5), \quad \log l_c \sim N(\log 500, 0.3^2), \quad
+        \rho_{cg} \propto u_g 3^{[g \bmod n = k_c]} e^{0.3 v_{g,batch}}
+
+    with :math:`u_g \sim \mathrm{Gamma}(2)` and standard normal :math:`v`. Protein :math:`t` is expressed by type
+    :math:`t \bmod` ``n_types``, not by the one after it, and by any other with probability 1/4:
+
+    .. math::
+
+        f_{ct} \sim \mathrm{Bernoulli}(0.95 \text{ if the type of } c \text{ expresses } t \text{, else } 0.02), \quad
+        \log \beta_{ct} \sim N(m_t + 0.5 w_{t,batch}, 0.3^2) \\
+        y_{ct} \sim \mathrm{NB}(\text{mean } \alpha_t^{f_{ct}} \beta_{ct}, \theta = 10)
+
+    with :math:`m` between log 3 and log 20, :math:`\alpha` between 5 and 20 (both log-uniform), standard normal
+    :math:`w`.
+
+    Parameters
+    ----------
+    n_cells_batch
+        Cells in each batch.
+    n_genes, n_proteins, n_batches, n_types
+        Sizes; at least 2 cell types.
+    n_missing
+        How many proteins, the last ones, were not measured in the last batch and are zero there. The truth of them is
+        there nevertheless, and all other counts stay the same.
+    seed
+        Of a generator of its own; numpy's global one is left alone.
+
+    Returns
+    -------
+    AnnData of ``n_batches * n_cells_batch`` cells, batch after batch.
+
+    ``X``
+        Counts of genes, CSR float32.
+    ``obs["batch"]``, ``obs["cell_type"]``
+        ``batch_0``, ... and ``type_0``, ..., categorical.
+    ``obsm["protein_expression"]``
+        Protein counts, DataFrame of int64 with columns ``protein_0``, ...
+    ``obsm["is_foreground"]``, ``obsm["background"]``, ``obsm["foreground"]``
+        Truth, DataFrames: :math:`f` (bool), the mean counts :math:`\beta` of the background and
+        :math:`\alpha \beta` of the foreground (float64).
+
+    Raises
+    ------
+    ValueError
+        A size is out of range.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.synthetic_cite(n_missing=5)
+    >>> adata.shape, int((adata.obsm["protein_expression"][adata.obs["batch"] == "batch_1"] == 0).all().sum())
+    ((600, 100), 5)
+    """
+    _at_least(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_proteins=n_proteins, n_batches=n_batches)
+    _at_least(2, n_types=n_types)
+    _at_least(0, n_missing=n_missing)
+    if n_missing and (n_batches == 1 or n_missing > n_proteins):
+        msg = f"{n_missing=} of {n_proteins=} cannot be missing in one of {n_batches=} and be measured in another."
+        raise ValueError(msg)
+    rng = np.random.default_rng(seed)
+    batch = np.repeat(np.arange(n_batches), n_cells_batch)
+    n_cells = len(batch)
+    cell_type = rng.integers(n_types, size=n_cells)
+
+    is_marker = np.arange(n_genes) % n_types == np.arange(n_types)[:, None]  # (types, genes)
+    weights = rng.gamma(2.0, size=n_genes) * np.where(is_marker, 3.0, 1.0)[cell_type]
+    weights *= np.exp(0.3 * rng.standard_normal((n_batches, n_genes)))[batch]
+    library = np.exp(rng.normal(np.log(500.0), 0.3, (n_cells, 1)))
+    adata = _adata(_nb(rng, library * weights / weights.sum(axis=1, keepdims=True), 5.0))
+    adata.obs["batch"] = _categorical("batch", batch, n_batches)
+    adata.obs["cell_type"] = _categorical("type", cell_type, n_types)
+
+    protein, kind = np.arange(n_proteins), np.arange(n_types)[:, None]
+    by_chance = (rng.random((n_types, n_proteins)) < 0.25) & (kind != (protein + 1) % n_types)
+    expresses = (kind == protein % n_types) | by_chance  # (types, proteins)
+    is_foreground = rng.random((n_cells, n_proteins)) < np.where(expresses, 0.95, 0.02)[cell_type]
+    level = rng.uniform(np.log(3.0), np.log(20.0), n_proteins) + 0.5 * rng.standard_normal((n_batches, n_proteins))
+    background = np.exp(rng.normal(level[batch], 0.3))
+    foreground = background * np.exp(rng.uniform(np.log(5.0), np.log(20.0), n_proteins))
+    counts = _nb(rng, np.where(is_foreground, foreground, background), 10.0)
+    counts[(batch == n_batches - 1)[:, None] & (protein >= n_proteins - n_missing)] = 0
+    tables = {"protein_expression": counts, "is_foreground": is_foreground, "background": background}
+    for name, values in {**tables, "foreground": foreground}.items():
+        adata.obsm[name] = pd.DataFrame(values, index=adata.obs_names, columns=_names("protein", n_proteins))
+    return adata
+
+
+def _nb(rng: np.random.Generator, mean: np.ndarray, theta: float) -> np.ndarray:
+    return rng.negative_binomial(theta, theta / (theta + mean))
+
+
 def _adata(x: np.ndarray) -> AnnData:
     n_cells, n_genes = x.shape
     return AnnData(

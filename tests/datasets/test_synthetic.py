@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 from scipy.sparse import csr_matrix
 
-from scvi_ext.datasets import synthetic_corr, synthetic_iid, synthetic_random, synthetic_zi_corr
+from scvi_ext.datasets import synthetic_cite, synthetic_corr, synthetic_iid, synthetic_random, synthetic_zi_corr
 
-GENERATORS = [synthetic_iid, synthetic_random, synthetic_corr, synthetic_zi_corr]
+GENERATORS = [synthetic_iid, synthetic_random, synthetic_corr, synthetic_zi_corr, synthetic_cite]
 ZERO_INFLATED = [synthetic_iid, synthetic_random, synthetic_zi_corr]
 LEVEL = 1e-7  # of a chi-square test; some ten of them are made here
 SIGMAS = 6  # 2e-9 two-sided
@@ -260,6 +260,83 @@ def test_zi_corr_defaults():
     np.testing.assert_array_equal(none.X.toarray(), synthetic_corr().X.toarray())
 
 
+# cite
+
+
+def tables(adata):
+    return [adata.obsm[name].to_numpy() for name in ("protein_expression", "is_foreground", "background", "foreground")]
+
+
+def test_cite_sizes():
+    adata = synthetic_cite(n_cells_batch=7, n_genes=5, n_proteins=4, n_batches=3, n_types=2)
+    assert adata.shape == (21, 5)
+    assert list(adata.obs["batch"]) == ["batch_0"] * 7 + ["batch_1"] * 7 + ["batch_2"] * 7
+    assert list(adata.obs["cell_type"].cat.categories) == ["type_0", "type_1"]
+    for name, dtype in zip(
+        ("protein_expression", "is_foreground", "background", "foreground"),
+        (np.int64, bool, np.float64, np.float64),
+        strict=True,
+    ):
+        table = adata.obsm[name]
+        assert table.index.equals(adata.obs_names)
+        assert list(table.columns) == [f"protein_{i}" for i in range(4)]
+        assert (table.dtypes == dtype).all()
+
+
+def test_cite_law_of_proteins():
+    adata = synthetic_cite(n_cells_batch=1000)
+    y, is_foreground, background, foreground = tables(adata)
+    mean = np.where(is_foreground, foreground, background)
+    law = stats.nbinom(10, 10 / (10 + mean))
+    # y is somewhere between these two, uniformly if it follows the law
+    position = law.cdf(y - 1) + np.random.default_rng(0).random(y.shape) * law.pmf(y)
+    assert stats.kstest(position.ravel(), "uniform").pvalue > LEVEL
+    ratio = np.log(foreground / background)
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[0], ratio.shape), rtol=1e-9)  # one for each protein
+    assert (ratio >= np.log(5)).all()
+    assert (ratio <= np.log(20)).all()
+    for batch in ("batch_0", "batch_1"):
+        logs = np.log(background[adata.obs["batch"] == batch])
+        assert stats.kstest(((logs - logs.mean(0)) / 0.3).ravel(), "norm").pvalue > LEVEL
+
+
+def test_cite_proteins_are_expressed_by_some_types():
+    adata = synthetic_cite(n_cells_batch=1000)
+    shares = adata.obsm["is_foreground"].groupby(adata.obs["cell_type"], observed=True).mean().to_numpy()
+    n = adata.obs["cell_type"].value_counts(sort=False).to_numpy()[:, None]
+    expressed = shares > 0.5
+    expected = np.where(expressed, 0.95, 0.02)
+    assert (np.abs(shares - expected) <= SIGMAS * np.sqrt(expected * (1 - expected) / n)).all()
+    proteins = np.arange(15)
+    assert expressed[proteins % 4, proteins].all()
+    assert not expressed[(proteins + 1) % 4, proteins].any()
+
+
+def test_cite_law_of_genes():
+    """Three times as high in the type that a gene belongs to, but for what normalisation makes of it."""
+    adata = synthetic_cite(n_cells_batch=2000, n_batches=1)
+    x = adata.X.toarray()
+    total = x.sum(1)
+    # A standard error of 0.3 / sqrt(2000); genes are far from independent of the library, so the median's is larger.
+    assert abs(np.log(np.median(total)) - np.log(500)) < SIGMAS * 0.02
+    shares = np.array([(x / total[:, None])[adata.obs["cell_type"] == f"type_{k}"].mean(0) for k in range(4)])
+    is_marker = np.arange(100) % 4 == np.arange(4)[:, None]
+    of_others = np.where(is_marker, np.nan, shares)
+    fold = shares[is_marker].sum() / np.nanmean(of_others, 0).sum()
+    np.testing.assert_allclose(fold, 3, rtol=0.05)  # normalisers of the four types differ by some percent
+
+
+def test_cite_hides_a_panel_and_nothing_else():
+    adata, whole = synthetic_cite(n_missing=6, seed=2), synthetic_cite(seed=2)
+    np.testing.assert_array_equal(adata.X.toarray(), whole.X.toarray())
+    for name in ("is_foreground", "background", "foreground"):
+        pd.testing.assert_frame_equal(adata.obsm[name], whole.obsm[name])
+    hidden = np.zeros((600, 15), bool)
+    hidden[300:, 9:] = True
+    counts = whole.obsm["protein_expression"].to_numpy()
+    np.testing.assert_array_equal(adata.obsm["protein_expression"], np.where(hidden, 0, counts))
+
+
 # errors
 
 
@@ -285,6 +362,10 @@ def test_zi_corr_defaults():
         (synthetic_zi_corr, {"dropout_coef_low": 1}, r"dropout_coef_low=1 is not a probability"),
         (synthetic_zi_corr, {"lam_dropout_low": -1}, r"lam_dropout_low=-1 is not at least 0\."),
         (synthetic_zi_corr, {"n_overlap": 30}, r"n_overlap=30 is not below"),
+        (synthetic_cite, {"n_types": 1}, r"n_types=1 is not at least 2\."),
+        (synthetic_cite, {"n_missing": -1}, r"n_missing=-1 is not at least 0\."),
+        (synthetic_cite, {"n_missing": 16}, r"n_missing=16 of n_proteins=15 cannot be missing"),
+        (synthetic_cite, {"n_missing": 1, "n_batches": 1}, r"cannot be missing in one of n_batches=1"),
     ],
 )
 def test_values_out_of_range_are_named(generate, arguments, message):
