@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -17,6 +19,14 @@ def first_line(error: Exception) -> str:
 
 class ScviExtWarning(UserWarning):
     """Category of every warning of this package, so that it can be silenced or raised alone."""
+
+
+def warn(message: str) -> None:
+    """Warn in the name of the line outside this package that called it, however deep inside the reason was found."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "scvi_ext":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, ScviExtWarning, stacklevel=level)
 
 
 def listing(values: Iterable, limit: int = 10) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from scvi_ext._errors import ScviExtWarning
+from scvi_ext._errors import warn
 from scvi_ext.data.audit import CountAudit, audit_counts
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import check_complete, codes, column, used_categories
@@ -60,5 +59,5 @@ def report_audits(audits: dict[str, CountAudit], check: str, *, remarks: bool = 
         raise ValueError("These are not raw counts.\n- " + "\n- ".join(problems))
     remarked = [f"{slot}: {remark}" for slot, audit in audits.items() for remark in audit.remarks()] if remarks else []
     for message in problems + remarked:
-        warnings.warn(message, ScviExtWarning, stacklevel=3)
+        warn(message)
     return not problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import pandas as pd
 
 from scvi_ext import models
 from scvi_ext._contract import SavedFit
-from scvi_ext._errors import ScviExtWarning, listing
+from scvi_ext._errors import listing, warn
 from scvi_ext.data.registry import Registry
 
 from ._adopt import adopt
@@ -305,7 +304,7 @@ def _history(frames: Mapping[str, Any]) -> pd.DataFrame:
             unread.append(name)
     if unread:
         msg = f"Tables of the training history have a layout that is not understood; left out: {listing(unread)}."
-        warnings.warn(msg, ScviExtWarning, stacklevel=2)
+        warn(msg)
     return pd.DataFrame(columns).rename_axis("epoch")
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -8,7 +7,7 @@ import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 
 from scvi_ext import results
-from scvi_ext._errors import ScviExtWarning, listing, number, one_of
+from scvi_ext._errors import listing, number, one_of, warn
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.audit import audit_counts
 from scvi_ext.data.corruption import Corruption, read_layer
@@ -139,14 +138,14 @@ def corrupt(
             f"{emptied} of {adata.n_obs} cells have no counts left in adata.layers[{name!r}]. Before a fit on it, "
             f"leave them out: adata = adata[adata.layers[{name!r}].sum(axis=1) > 0].copy()."
         )
-        warnings.warn(msg, ScviExtWarning, stacklevel=2)
+        warn(msg)
     stale = _fits_to(adata, name)
     if stale and (name not in adata.layers or (read_layer(adata, name) != counts).nnz):
         msg = (
             f"Fits were trained on an earlier adata.layers[{name!r}], and may have seen what is changed now: "
             f"{listing(stale)}. Fit again before tl.imputation_score."
         )
-        warnings.warn(msg, ScviExtWarning, stacklevel=2)
+        warn(msg)
     adata = adata.copy() if copy else adata
     results.write_corruption(adata, name, _stored_like(source, counts), record.to_uns())
     logg.info(

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from scvi_ext import results
-from scvi_ext._errors import ScviExtWarning
+from scvi_ext._errors import warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.corruption import read_corruption
 from scvi_ext.data.registry import read_root, read_setup
@@ -63,7 +62,7 @@ def restore(adata: AnnData, *, corruption: str = "corrupted", copy: bool = False
             f"adata is set up to read adata.layers[{corruption!r}], which is removed: call pp.setup_anndata again "
             "before the next fit or read-out."
         )
-        warnings.warn(msg, ScviExtWarning, stacklevel=2)
+        warn(msg)
     adata = adata.copy() if copy else adata
     results.remove_corruption(adata, corruption)
     logg.info(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scvi_ext import results
-from scvi_ext._errors import ScviExtWarning, listing, missing_key, one_of, unknown_keyword
+from scvi_ext._errors import listing, missing_key, one_of, unknown_keyword, warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
 from scvi_ext.data.matrix import read_all
@@ -271,7 +270,7 @@ def _warn_small_batches(obs: pd.DataFrame, registry: Registry) -> None:
             f"{len(small)} of {len(sizes)} batches in adata.obs[{registry.batch_key!r}] have fewer than {_MIN_CELLS} "
             f"cells: {listing(small)}. Their effect cannot be estimated; merge them or leave them out."
         )
-        warnings.warn(msg, ScviExtWarning, stacklevel=3)
+        warn(msg)
 
 
 def _log(adata: AnnData, registry: Registry) -> None:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
-from scvi_ext._errors import ScviExtWarning, whole_number
+from scvi_ext._errors import warn, whole_number
 from scvi_ext.engine.checkpoint import load_module, module_arrays
 from scvi_ext.engine.device import resolve_device, resolve_seed
 from scvi_ext.engine.map_cells import map_cells
@@ -153,11 +152,9 @@ def amortization_gap(
             logg.warning(f"interrupted in path {path} of {n_paths}; the gap is that of what was trained so far.")
             break
     if best is before:
-        warnings.warn(
+        warn(
             f"No path has a higher ELBO than the fit itself, so the gap is 0, which says little: take more epochs than "
-            f"max_epochs={max_epochs}, or another learning rate than lr={lr:g}.",
-            ScviExtWarning,
-            stacklevel=2,
+            f"max_epochs={max_epochs}, or another learning rate than lr={lr:g}."
         )
     gap = best - before
     if return_mean:

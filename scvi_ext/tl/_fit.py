@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from scanpy import logging as logg
 
 from scvi_ext import models, results
 from scvi_ext._contract import Capability, SavedFit
-from scvi_ext._errors import ScviExtWarning, listing
+from scvi_ext._errors import listing, warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.data.sampler import split_cells
@@ -272,11 +271,9 @@ def _log_plan(plan: Plan, seconds: float, device: torch.device, spec: ModelSpec,
         f"    about {_duration(seconds)} on {device}{f', {how}' if how else ''}"
     )
     if generates and plan.final_kl_weight < 1:
-        warnings.warn(
+        warn(
             f"The KL weight ends at {plan.final_kl_weight:.3g}, not 1, so the prior of z is not fully enforced. "
-            "Use plan='auto', or give kl_warmup.",
-            ScviExtWarning,
-            stacklevel=4,
+            "Use plan='auto', or give kl_warmup."
         )
 
 
@@ -336,10 +333,8 @@ def _report(done: Progress, fitted: SavedFit, store: CellStore) -> None:
             else "lowered the learning rate; cells with the largest loss: "
             f"{listing(store.obs_names[list(last.suspects)], 5)}"
         )
-        warnings.warn(
+        warn(
             f"The loss was not finite {len(done.events)} times; each time the last good state was restored, and "
             f"the fit {who}. "
-            f"Genes with the most extreme counts there: {listing(store.var_names[list(last.genes)], 5)}.",
-            ScviExtWarning,
-            stacklevel=3,
+            f"Genes with the most extreme counts there: {listing(store.var_names[list(last.genes)], 5)}."
         )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 from scanpy import logging as logg
 
 from scvi_ext import results
-from scvi_ext._errors import ScviExtWarning, whole_number
+from scvi_ext._errors import warn, whole_number
 from scvi_ext.data.corruption import changed_entries, read_corruption, read_layer, read_pair
 from scvi_ext.engine.device import resolve_seed
 from scvi_ext.fitted import Fitted
@@ -162,7 +161,7 @@ def imputation_score(
             f"Fit {fitted.fit.key!r} was trained on {trained}, not on adata.layers[{corruption!r}]: unless that was "
             "with other cells, it may have seen the originals, and its score is too good."
         )
-        warnings.warn(msg, ScviExtWarning, stacklevel=2)
+        warn(msg)
 
     start = logg.info(f"imputing {len(entries.cells)} entries by fit {fitted.fit.key!r}")
     options = {"n_samples": n_samples, "batch_size": batch_size, "seed": seed}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from scanpy import logging as logg
 
 from scvi_ext import models, results
 from scvi_ext._contract import Capability, SavedFit
-from scvi_ext._errors import ScviExtWarning, listing, one_of, whole_number
+from scvi_ext._errors import listing, one_of, warn, whole_number
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.query import read_query
 from scvi_ext.data.registry import Registry, differing_slots, read_fit, read_root, read_setup, stale_slots
@@ -367,9 +366,7 @@ def _report(done: Progress | None, mapped: SavedFit, query: Query) -> None:
     if done.stop_reason == "interrupted":
         logg.warning(f"interrupted at step {done.step}; what was trained is kept as {mapped.key!r}.")
     if done.events:
-        warnings.warn(
+        warn(
             f"The loss was not finite {len(done.events)} times; each time the last good state was restored. Cells "
-            f"without a finite loss, which were left out: {listing(mapped.status['non_finite_cells'] or ())}.",
-            ScviExtWarning,
-            stacklevel=3,
+            f"without a finite loss, which were left out: {listing(mapped.status['non_finite_cells'] or ())}."
         )
