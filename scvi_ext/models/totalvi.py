@@ -510,4 +510,6 @@ SPEC = ModelSpec(
     capabilities=frozenset({Capability.COUNTS, Capability.PROTEIN}),
     reference="Gayoso et al. (2021), Joint probabilistic modeling of single-cell multi-omic data with totalVI, "
     "Nature Methods.",
+    peak_lr=3e-2,
+    effort=10.0,
 )
