@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import product
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,11 +12,18 @@ from scvi_ext import models
 from scvi_ext._contract import Capability, DataSummary, Minibatch, ProteinSummary
 
 N_CELLS = 24
-PROTEINS = ProteinSummary(
-    n_proteins=4,
+
+
+def all_measured(n_proteins: int, n_batch: int = 1) -> ProteinSummary:
+    """Proteins that were measured in every batch."""
+    means = tuple(0.5 + 0.5 * (3 * t % 4) for t in range(n_proteins))
+    scales = tuple(0.3 + 0.1 * (t % 4) for t in range(n_proteins))
+    return ProteinSummary(n_proteins, ((True,) * n_proteins,) * n_batch, (means,) * n_batch, (scales,) * n_batch)
+
+
+PROTEINS = replace(
+    all_measured(4, 3),
     protein_batch_mask=((True, True, True, True), (True, False, True, False), (True, True, True, True)),
-    background_means=((1.0, 2.0, 0.5, 1.5),) * 3,
-    background_scales=((0.5, 0.4, 0.3, 0.6),) * 3,
 )
 SUMMARY = DataSummary(
     n_input=13,
@@ -34,7 +41,7 @@ BARE = DataSummary(
     n_labels=1,
     library_log_means=(2.0,),
     library_log_vars=(0.3,),
-    proteins=ProteinSummary(3, ((True,) * 3,), ((1.0,) * 3,), ((0.5,) * 3,)),
+    proteins=all_measured(3),
 )
 SMALL = {"n_hidden": 8, "n_latent": 3}
 
@@ -56,8 +63,11 @@ VALUES = {
 # What an option needs beside it to have an effect.
 BESIDE = {"deeply_inject_covariates": {"n_layers": 2, "encode_covariates": True}}
 
+# What a model calls the options of its genes where it has other features too.
+OF_GENES = {"dispersion": "gene_dispersion", "reconstruction_loss": "reconstruction_loss_gene"}
+
 GENERATIVE = [name for name in models.names() if Capability.COUNTS in models.get(name).capabilities]
-CROSSED = ("reconstruction_loss", "dispersion", "library", "reconstruction_loss_gene", "gene_dispersion")
+CROSSED = ("reconstruction_loss", "dispersion", "library", *OF_GENES.values())
 
 
 def build(name: str, summary: DataSummary = SUMMARY, *, seed: int = 0, **options: Any) -> torch.nn.Module:
@@ -82,11 +92,13 @@ def make_cells(summary: DataSummary = SUMMARY, n_cells: int = N_CELLS, seed: int
         continuous=torch.randn(n_cells, summary.n_continuous_cov, generator=generator, dtype=torch.float64)
         if summary.n_continuous_cov
         else None,
-        protein=torch.poisson(
-            20 * torch.rand(n_cells, summary.proteins.n_proteins, generator=generator, dtype=torch.float64),
-            generator=generator,
-        ),
+        protein=None if summary.proteins is None else _draw_proteins(n_cells, summary.proteins.n_proteins, generator),
     )
+
+
+def _draw_proteins(n_cells: int, n_proteins: int, generator: torch.Generator) -> torch.Tensor:
+    mean = 20 * torch.rand(n_cells, n_proteins, generator=generator, dtype=torch.float64)
+    return torch.poisson(mean, generator=generator)
 
 
 def streams(name: str, cells: Minibatch) -> list[Minibatch]:
@@ -114,6 +126,22 @@ def values(name: str) -> dict[str, tuple]:
         return (True, False) if hints[option] is bool else VALUES[option]
 
     return {f.name: of(f.name) for f in fields(config)}
+
+
+def named(name: str, **options: Any) -> dict[str, Any]:
+    """The options under the names that the model has for them."""
+    own = values(name)
+    return {option if option in own else OF_GENES.get(option, option): value for option, value in options.items()}
+
+
+def offering(**options: Any) -> list[str]:
+    """The models that have all of these options, with these values among those to choose from."""
+
+    def offers(name: str) -> bool:
+        tried = values(name)
+        return all(value in tried.get(option, ()) for option, value in named(name, **options).items())
+
+    return [name for name in GENERATIVE if offers(name)]
 
 
 def accepted(name: str, options: dict[str, Any]) -> bool:

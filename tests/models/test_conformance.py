@@ -17,10 +17,13 @@ from _small import (
     N_CELLS,
     SMALL,
     SUMMARY,
+    all_measured,
     build,
     label,
     make_cells,
+    named,
     noise,
+    offering,
     streams,
     take,
     values,
@@ -33,7 +36,17 @@ from torch.testing import assert_close
 
 import scvi_ext
 from scvi_ext import models
-from scvi_ext._contract import Capability, DataSummary, Expression, Loss, Minibatch, ModelSpec, Posterior, SavedFit
+from scvi_ext._contract import (
+    Capability,
+    DataSummary,
+    Expression,
+    Loss,
+    Minibatch,
+    ModelSpec,
+    Posterior,
+    ProteinSummary,
+    SavedFit,
+)
 
 PACKAGE = Path(scvi_ext.__file__).parent
 ALL = pytest.mark.parametrize("name", models.names())
@@ -42,9 +55,9 @@ VARIANTS = pytest.mark.parametrize(("name", "options"), variants(), ids=label)
 ALL_CROSSED = pytest.mark.parametrize(("name", "options"), variants("latent_distribution"), ids=label)
 
 
-def needs_labels(name: str) -> bool:
+def needs(name: str, column: str) -> bool:
     spec = models.get(name)
-    return "labels" in spec.needs(spec.config())
+    return column in spec.needs(spec.config())
 
 
 # ---- the folder is the registry ----------------------------------------------------------------------------------
@@ -95,19 +108,27 @@ def test_one_level_of_inheritance(name):
 @MODELS
 def test_config_is_what_the_constructor_takes(name):
     spec = models.get(name)
-    accepted = {}
-    for cls in reversed(spec.module.__mro__[:-1]):
-        if cls.__module__.startswith("scvi_ext"):
-            accepted |= inspect.signature(cls.__init__).parameters
+    accepted, passed_on = {}, True
+    for cls in spec.module.__mro__:
+        if passed_on:  # what a class does not name goes to the next one, if it takes any keyword
+            parameters = inspect.signature(cls.__init__).parameters
+            accepted = dict(parameters) | accepted
+            passed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     accepted = {k: p for k, p in accepted.items() if p.kind is not p.VAR_KEYWORD and k != "self"}
-    sizes = {f.name for f in fields(DataSummary)}
+    accepted.pop("n_dense_input", None)  # how a model tells its base what it shows the encoders beside the genes
+    shape = [k for k, p in accepted.items() if p.default is p.empty]
+    sizes = {f.name for f in fields(DataSummary)} - {"n_input", "proteins"}
+    if needs(name, "protein"):
+        sizes |= {f.name for f in fields(ProteinSummary)} - {"n_proteins"}
+    assert len(shape) == (2 if needs(name, "protein") else 1)
     options = {f.name: f.default for f in fields(spec.config)}
-    assert options.keys() | sizes == accepted.keys()
+    assert options.keys() | sizes | set(shape) == accepted.keys()
     differing = {k: v for k, v in options.items() if v != accepted[k].default}
-    # The class keeps the seed's latent library, the function defaults to the observed one.
-    assert differing == {"library": "observed"}
+    # The class keeps the seed's latent library (and of totalVI the logistic normal), the function has other defaults.
+    assert {"library": "observed"}.items() <= differing.items()
+    assert differing.items() <= {"library": "observed", "latent_distribution": "normal"}.items()
     with pytest.raises(TypeError, match="n_hiden"):
-        spec.module(5, n_labels=2, n_hiden=3)
+        spec.module(*(5 for _ in shape), n_labels=2, n_hiden=3)
 
 
 @ALL
@@ -164,19 +185,32 @@ def test_contract(name, options):
 @VARIANTS
 def test_the_loss_is_the_mean_of_its_parts(name, options):
     module, cells = build(name, **options).eval(), make_cells()
+    beside = []  # what is minimised beside the ELBO: the same at any weight
     for weight in (0.0, 0.3, torch.tensor(1.0)):
         loss = module.loss(cells, kl_weight=weight, noise=noise(module))
-        assert_close(loss.total, (loss.reconstruction + weight * loss.kl_z + loss.kl_library).mean(), **FLOAT64)
+        beside.append(loss.total - (loss.reconstruction + weight * loss.kl_z + loss.kl_library).mean())
+    expected = beside[0] if needs(name, "protein") else torch.zeros((), dtype=torch.float64)
+    for found in beside:
+        assert_close(found, expected, rtol=0, atol=FLOAT64["rtol"] * loss.total.item())
 
 
 def assert_every_parameter_learns(name: str, module: nn.Module, cells: Minibatch) -> None:
     # A bias in front of a batch normalisation cancels in training mode: evaluation mode tells it from an unused one.
     module.eval().loss(*streams(name, cells), noise=noise(module)).total.backward()
-    without = [n for n, p in module.named_parameters() if p.grad is None or not (p.grad != 0).any()]
-    assert not without
+    assert {n for n, p in module.named_parameters() if not moves(p)} == of_critic(module)
     module.zero_grad(set_to_none=True)
     module.train().loss(*streams(name, cells)).total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    assert all(moves(p) for n, p in module.named_parameters() if n in of_critic(module))
+
+
+def moves(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool((parameter.grad != 0).any())
+
+
+def of_critic(module: nn.Module) -> set[str]:
+    """Names of the parameters of a critic, which is there in training mode only."""
+    return {name for name, _ in module.named_parameters() if name.startswith("critic.")}
 
 
 @ALL_CROSSED
@@ -184,18 +218,18 @@ def test_every_parameter_receives_a_gradient(name, options):
     assert_every_parameter_learns(name, build(name, **options), make_cells())
 
 
-@MODELS
+COVARIATES = [
+    {"encode_covariates": False},
+    {"encode_covariates": True},
+    {"encode_covariates": True, "batch_representation": "embedding"},
+    {"encode_covariates": True, "n_layers": 2, "deeply_inject_covariates": False},
+]
+
+
 @pytest.mark.parametrize("use_layer_norm", ["none", "both"])
 @pytest.mark.parametrize("use_batch_norm", ["none", "encoder", "decoder", "both"])
 @pytest.mark.parametrize(
-    "covariates",
-    [
-        {},
-        {"encode_covariates": True},
-        {"encode_covariates": True, "batch_representation": "embedding"},
-        {"encode_covariates": True, "n_layers": 2, "deeply_inject_covariates": False},
-    ],
-    ids=label,
+    ("name", "covariates"), [(name, options) for options in COVARIATES for name in offering(**options)], ids=label
 )
 def test_norms_and_covariates_leave_no_parameter_out(name, use_batch_norm, use_layer_norm, covariates):
     if use_layer_norm not in values(name)["use_layer_norm"]:
@@ -231,18 +265,26 @@ def test_loss_falls(name, options):
 @pytest.mark.parametrize("n_batch", [0, 1])
 def test_odd_sizes(name, n_batch):
     prior = {"library_log_means": (1.0,), "library_log_vars": (0.2,)}
-    summary = DataSummary(n_input=1, n_batch=n_batch, n_labels=int(needs_labels(name)), **prior)
+    n_labels = int(needs(name, "labels"))
+    summary = DataSummary(n_input=1, n_batch=n_batch, n_labels=n_labels, proteins=all_measured(1), **prior)
     module = build(name, summary, n_hidden=1, n_latent=1, library="latent")
-    zeros = torch.zeros(3, dtype=torch.long)
-    cells = Minibatch(torch.arange(3, dtype=torch.float64).reshape(3, 1), zeros, zeros if needs_labels(name) else None)
+    zeros, counts = torch.zeros(3, dtype=torch.long), torch.arange(3, dtype=torch.float64).reshape(3, 1)
+    cells = Minibatch(
+        counts,
+        zeros,
+        labels=zeros if needs(name, "labels") else None,
+        protein=counts.flip(0) if needs(name, "protein") else None,
+    )
     assert module.loss(cells).total.isfinite()
     assert module.eval().loss(take(cells, slice(1))).total.isfinite()
 
 
-@MODELS
-@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
+DISPERSIONS = ["gene", "gene-batch", "gene-label", "gene-cell"]
+
+
+@pytest.mark.parametrize(("name", "dispersion"), [(n, d) for d in DISPERSIONS for n in offering(dispersion=d)])
 def test_one_batch_and_one_label(name, dispersion):
-    module, cells = build(name, BARE, dispersion=dispersion), make_cells(BARE)
+    module, cells = build(name, BARE, **named(name, dispersion=dispersion)), make_cells(BARE)
     module.loss(cells).total.backward()
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
@@ -250,8 +292,9 @@ def test_one_batch_and_one_label(name, dispersion):
 @MODELS
 def test_a_cell_without_counts(name):
     module, cells = build(name).eval(), make_cells()
-    cells = cells._replace(x=torch.zeros_like(cells.x))
-    assert module.loss(cells).total.isfinite()
+    for empty in ({"x": torch.zeros_like(cells.x)}, {"protein": torch.zeros_like(cells.protein)}):
+        cells = cells._replace(**empty)  # no count of a gene, then none at all
+        assert module.loss(cells).total.isfinite()
 
 
 # ---- inference -----------------------------------------------------------------------------------------------------
@@ -363,7 +406,7 @@ def test_samples_decode_as_one_by_one(name, options):
 @pytest.mark.parametrize("encode_covariates", [True, False])
 def test_the_columns_that_are_read_are_those_declared(name, encode_covariates):
     for dispersion, library in [("gene", "observed"), ("gene-label", "latent"), ("gene", "size_factor")]:
-        options = {"dispersion": dispersion, "library": library, "encode_covariates": encode_covariates}
+        options = named(name, dispersion=dispersion, library=library, encode_covariates=encode_covariates)
         module, cells, spec = trained(name, **options), make_cells(), models.get(name)
         declared = spec.needs(spec.config(**SMALL | options))
         assert declared <= set(Minibatch._fields)
@@ -375,6 +418,7 @@ def test_the_columns_that_are_read_are_those_declared(name, encode_covariates):
             "categorical": 1 - cells.categorical.clamp(max=1),
             "continuous": cells.continuous + 1,
             "batch_index": (cells.batch_index + 1) % SUMMARY.n_batch,
+            "protein": cells.protein + 1,
         }
         for column, value in changed.items():
             after = module.loss(cells._replace(**{column: value}), noise=draws).total
@@ -399,8 +443,8 @@ def test_only_encoded_covariates_reach_the_posterior(name, encode_covariates):
 
 @VARIANTS
 def test_importance_weight_is_joint_over_posterior(name, options):
-    if Capability.LABELS in models.get(name).capabilities:
-        pytest.skip("its own test: labels are summed over")
+    if models.get(name).capabilities & {Capability.LABELS, Capability.PROTEIN}:
+        pytest.skip("its own test: labels are summed over, or there is a background of proteins")
     module, cells = trained(name, **options), make_cells()
     draws, (qz, ql) = noise(module), module.posteriors(cells)
     z, log_library = module.draw(cells, (qz, ql), draws)
@@ -428,7 +472,7 @@ def test_state_dict_round_trip(name, options):
 
 @MODELS
 def test_restored_from_plain_arrays(name):
-    spec, options = models.get(name), SMALL | {"library": "latent", "dispersion": "gene-batch"}
+    spec, options = models.get(name), SMALL | named(name, library="latent", dispersion="gene-batch")
     module = build(name, **options).float()
     saved = SavedFit(
         key="k",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _small import CROSSED, build, label, make_cells, noise, variants
+from _small import OF_GENES, build, label, make_cells, noise, variants
 from _tolerances import FIT_WITH_KERNEL, MODULE_WITH_KERNEL
 from torch.testing import assert_close
 
@@ -16,8 +16,8 @@ from scvi_ext.kernels.sparse import SparseRows
 from scvi_ext.models.scvi import VAE
 
 KERNELS = ("zinb", "nb", "poisson")
-CROSSED_VARIANTS = [(name, options) for name, options in variants() if set(options) == set(CROSSED)]
-WITH_KERNEL = [(name, options) for name, options in CROSSED_VARIANTS if options["reconstruction_loss"] in KERNELS]
+LIKELIHOOD = {"reconstruction_loss", OF_GENES["reconstruction_loss"]}
+WITH_KERNEL = [(name, options) for name, options in variants() if {options.get(o) for o in LIKELIHOOD} & {*KERNELS}]
 
 
 def no_kernel(name, device, dtype):
@@ -33,6 +33,12 @@ def float32(cells: Minibatch) -> Minibatch:
     return Minibatch(*columns)
 
 
+def without_dropout(module):
+    for dropout in (m for m in module.modules() if isinstance(m, torch.nn.Dropout)):
+        dropout.p = 0.0
+    return module
+
+
 def loss_and_gradients(module, cells):
     draws = noise(module).to(next(module.parameters()).dtype)
     module.zero_grad()
@@ -44,7 +50,7 @@ def loss_and_gradients(module, cells):
 
 @pytest.mark.parametrize(("name", "options"), WITH_KERNEL, ids=label)
 def test_a_training_step_is_that_of_the_plain_formula_in_float64(name, options):
-    module = build(name, dropout_rate=0.0, **options)
+    module = without_dropout(build(name, **options))
     cells = make_cells()
     exact, exact_gradients = loss_and_gradients(module, cells)
     cells, module = float32(cells), module.float()
@@ -79,7 +85,7 @@ def test_a_kernel_is_used_for_sparse_rows_in_float32_only(name, options, monkeyp
 @pytest.mark.parametrize("loss", ["normal", "bernoulli"])
 def test_likelihoods_without_kernel_take_sparse_rows_too(loss, monkeypatch):
     monkeypatch.setattr(fused, "log_likelihood", refuse)
-    module, cells = build("scvi", reconstruction_loss=loss, dropout_rate=0.0).float(), float32(make_cells())
+    module, cells = without_dropout(build("scvi", reconstruction_loss=loss)).float(), float32(make_cells())
     draws = noise(module).float()
     dense = module.loss(cells, noise=draws)
     sparse = module.loss(cells._replace(x=SparseRows.from_dense(cells.x)), noise=draws)

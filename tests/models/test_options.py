@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from _small import BARE, BESIDE, GENERATIVE, N_CELLS, SUMMARY, build, label, make_cells, values
+from _small import (
+    BARE,
+    BESIDE,
+    GENERATIVE,
+    N_CELLS,
+    SMALL,
+    SUMMARY,
+    all_measured,
+    build,
+    label,
+    make_cells,
+    named,
+    offering,
+    values,
+)
 from _tolerances import FLOAT64
 from torch.testing import assert_close
 
@@ -22,6 +37,11 @@ BAD_VALUES = [
     ("batch_representation", "onehot", "'embedding', 'one-hot'. Did you mean 'one-hot'?"),
     ("use_batch_norm", "all", "'both', 'decoder', 'encoder', 'none'."),
     ("use_layer_norm", "all", "'none'."),
+    ("gene_dispersion", "gene_cell", "'gene', 'gene-batch', 'gene-label'. Did you mean 'gene-label'?"),
+    ("protein_dispersion", "gene", "'protein', 'protein-batch', 'protein-label'."),
+    ("reconstruction_loss_gene", "poisson", "'nb', 'zinb'."),
+    ("protein_background", "empiric", "'empirical', 'learned'. Did you mean 'empirical'?"),
+    ("adversarial_classifier", "yes", "'auto', 'off', 'on'."),
 ]
 BAD_SIZES = [
     ({"n_layers": 0}, "n_layers=0 must be 1 or more."),
@@ -29,6 +49,11 @@ BAD_SIZES = [
     ({"n_latent": -1}, "n_latent=-1 must be 1 or more."),
     ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and below 1."),
     ({"dropout_rate": -0.1}, "dropout_rate=-0.1 must be at least 0 and below 1."),
+    ({"n_layers_encoder": 0}, "n_layers_encoder=0 must be 1 or more."),
+    ({"dropout_rate_encoder": 1.0}, "dropout_rate_encoder=1.0 must be at least 0 and below 1."),
+    ({"dropout_rate_decoder": -0.1}, "dropout_rate_decoder=-0.1 must be at least 0 and below 1."),
+    ({"protein_weight": 0.0}, "protein_weight=0.0 must be positive and finite."),
+    ({"protein_weight": float("inf")}, "protein_weight=inf must be positive and finite."),
 ]
 NO_EFFECT = [
     (
@@ -61,6 +86,11 @@ NO_EFFECT = [
         {"latent_distribution": "ln", "n_latent": 1},
         "latent_distribution='ln' leaves nothing to learn with n_latent=1: the softmax of one number is always 1.",
     ),
+    (
+        BARE,
+        {"adversarial_classifier": "on"},
+        "adversarial_classifier='on' has no effect: there is one batch, and nothing to tell from it.",
+    ),
 ]
 
 
@@ -83,28 +113,43 @@ def fingerprint(name: str, module: torch.nn.Module) -> tuple:
 def test_every_value_has_an_effect(name, option):
     tried = values(name)[option]
     assert len(tried) > 1
-    found = {fingerprint(name, build(name, **BESIDE.get(option, {}) | {option: value})) for value in tried}
+    # What a value does may depend on whether all batches have measured all proteins.
+    data = [SUMMARY, replace(SUMMARY, proteins=all_measured(SUMMARY.proteins.n_proteins, SUMMARY.n_batch))]
+    chosen = [BESIDE.get(option, {}) | {option: value} for value in tried]
+    found = {tuple(fingerprint(name, build(name, summary, **options)) for summary in data) for options in chosen}
     assert len(found) == len(tried)
 
 
-@MODELS
-@pytest.mark.parametrize(("option", "value", "choices"), BAD_VALUES, ids=label)
+@pytest.mark.parametrize(
+    ("name", "option", "value", "choices"),
+    [(name, *bad) for bad in BAD_VALUES for name in GENERATIVE if bad[0] in values(name)],
+    ids=label,
+)
 def test_unknown_values_list_the_known(name, option, value, choices):
-    if option not in values(name):
-        pytest.skip("not an option of this model")
     with pytest.raises(ValueError, match=rf"^{option}='{value}' is not one of .*{re.escape(choices)}$"):
         build(name, **{option: value})
 
 
-@MODELS
-@pytest.mark.parametrize(("options", "message"), BAD_SIZES, ids=label)
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [(name, *bad) for bad in BAD_SIZES for name in GENERATIVE if bad[0].keys() <= values(name).keys()],
+    ids=label,
+)
 def test_impossible_sizes(name, options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build(name, **options)
 
 
-@MODELS
-@pytest.mark.parametrize(("summary", "options", "message"), NO_EFFECT)
+def asked_for(name: str, options: dict) -> bool:
+    """Whether the model has these options, and does not do without being asked what they say."""
+    default = asdict(models.get(name).config(**SMALL))
+    return options.keys() <= default.keys() and any(default[option] != value for option, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "summary", "options", "message"),
+    [(name, *case) for case in NO_EFFECT for name in GENERATIVE if asked_for(name, case[1])],
+)
 def test_options_without_effect(name, summary, options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build(name, summary, **options)
@@ -112,14 +157,18 @@ def test_options_without_effect(name, summary, options, message):
 
 @MODELS
 def test_labels_are_needed_where_they_are_read(name):
-    message = "dispersion='gene-label' needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
-    if Capability.LABELS in models.get(name).capabilities:
-        message = message.replace("dispersion='gene-label'", f"Model {name!r}")
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        models.get(name).module(5, n_labels=0, dispersion="gene-label")
+    options = [named(name, dispersion="gene-label")]
+    if "protein_dispersion" in values(name):
+        options.append({"protein_dispersion": "protein-label"})
+    for chosen in options:
+        ((option, value),) = chosen.items()
+        who = f"Model {name!r}" if Capability.LABELS in models.get(name).capabilities else f"{option}={value!r}"
+        message = f"{who} needs labels: register them with pp.setup_anndata(adata, labels_key=...)."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            build(name, replace(SUMMARY, n_labels=0), **chosen)
 
 
-@MODELS
+@pytest.mark.parametrize("name", offering(deeply_inject_covariates=False, batch_representation="embedding"))
 @pytest.mark.parametrize("representation", ["one-hot", "embedding"])
 def test_nothing_to_inject_deeply(name, representation):
     # An embedded batch is dense, so it enters the first layer only in any case.
@@ -150,7 +199,8 @@ def test_layer_norm_would_make_ldvae_nonlinear(where):
 
 @MODELS
 def test_latent_library_needs_its_prior(name):
-    cells, module = make_cells(BARE), models.get(name).module(BARE.n_input, n_labels=1, library="latent").double()
+    cells, without = make_cells(BARE), replace(BARE, library_log_means=(), library_log_vars=())
+    module = build(name, without, library="latent")
     with pytest.raises(ValueError, match="A latent library needs a prior: build the module with library_log_means and"):
         module.loss(cells)
 
@@ -166,30 +216,33 @@ def test_library_decides_the_scale_activation(name):
     assert not torch.equal(scales["observed"], scales["size_factor"])
 
 
-@MODELS
+LIKELIHOODS = [("zinb", True, True), ("nb", True, False), ("normal", True, False), ("poisson", False, False)]
+
+
 @pytest.mark.parametrize(
-    ("reconstruction_loss", "has_theta", "has_dropout"),
-    [("zinb", True, True), ("nb", True, False), ("normal", True, False), ("poisson", False, False)],
+    ("name", "reconstruction_loss", "has_theta", "has_dropout"),
+    [(name, *case) for case in LIKELIHOODS for name in offering(reconstruction_loss=case[0])],
 )
 def test_parameters_of_counts_are_those_of_the_likelihood(name, reconstruction_loss, has_theta, has_dropout):
-    module, cells = build(name, reconstruction_loss=reconstruction_loss).eval(), make_cells()
+    module, cells = build(name, **named(name, reconstruction_loss=reconstruction_loss)).eval(), make_cells()
     px = module.decode(module.encode(cells).loc, cells)
     assert (px.theta is not None) == has_theta
     assert (px.dropout_logits is not None) == has_dropout
 
 
-@MODELS
+THETA = [
+    ("gene", (SUMMARY.n_input,)),
+    ("gene-batch", (N_CELLS, SUMMARY.n_input)),
+    ("gene-label", (N_CELLS, SUMMARY.n_input)),
+    ("gene-cell", (N_CELLS, SUMMARY.n_input)),
+]
+
+
 @pytest.mark.parametrize(
-    ("dispersion", "shape"),
-    [
-        ("gene", (SUMMARY.n_input,)),
-        ("gene-batch", (N_CELLS, SUMMARY.n_input)),
-        ("gene-label", (N_CELLS, SUMMARY.n_input)),
-        ("gene-cell", (N_CELLS, SUMMARY.n_input)),
-    ],
+    ("name", "dispersion", "shape"), [(name, *case) for case in THETA for name in offering(dispersion=case[0])]
 )
 def test_theta_varies_with_what_the_dispersion_says(name, dispersion, shape):
-    module, cells = build(name, dispersion=dispersion).eval(), make_cells()
+    module, cells = build(name, **named(name, dispersion=dispersion)).eval(), make_cells()
     if dispersion != "gene-cell":
         assert (module.dispersion.log_theta == 0).all()  # it starts at one, for every gene
         torch.nn.init.normal_(module.dispersion.log_theta)
