@@ -16,6 +16,7 @@ class UnsKeys:
     last_fit: str = "last_fit"
     corruptions: str = "corruptions"
     alignment: str = "alignment"
+    modalities: str = "modalities"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ class FitKeys:
         return f"{self.key}_correlation"  # varp
 
     @property
+    def protein_correlation(self) -> str:
+        return f"{self.key}_protein_correlation"  # varm with genes, uns between proteins
+
+    @property
     def drift(self) -> str:
         return f"{self.key}_drift"  # obs
 
@@ -143,6 +148,11 @@ def valid_key(key: object) -> str:
         msg = f"key_added={key!r} must be a name, not '.' or '..', and without '/' (h5ad and zarr take it for a path)."
         raise ValueError(msg)
     return key
+
+
+def of_proteins(slot: str) -> str:
+    """Where the same of proteins stands: their names may be those of genes, so they have a slot of their own."""
+    return f"{slot}_protein"
 
 
 def column_name(name: str) -> str:

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from typing import Any
 
     from anndata import AnnData
+    from mudata import MuData
 
     from scvi_ext._contract import SavedFit
 
 
-def _own(adata: AnnData) -> None:
+_FEATURE = "scvi_ext_feature"  # attribute of a table: what its columns are
+
+
+def _own(adata: AnnData | MuData) -> None:
     """A view becomes an AnnData of its own before it is written to, as in scanpy."""
     if adata.is_view:
         adata._init_as_actual(adata.copy())
@@ -33,9 +37,11 @@ def _root(adata: AnnData) -> dict:
     return root
 
 
-def write_setup(adata: AnnData, setup: Mapping) -> None:
-    """``uns["scvi_ext"]["setup"]``, replacing an earlier one."""
+def write_setup(adata: AnnData, setup: Mapping, modalities: Mapping | None = None) -> None:
+    """``uns["scvi_ext"]["setup"]``, replacing an earlier one, and of a MuData where it has what."""
     _root(adata)[UNS.setup] = dict(setup)
+    if modalities is not None:
+        _root(adata)[UNS.modalities] = dict(modalities)
 
 
 def write_fit(adata: AnnData, fit: SavedFit) -> None:
@@ -126,6 +132,19 @@ def write_obsm(
     adata.obsm[name] = values if names is None else _table(values, adata.obs_names, names)
 
 
+def write_proteins(
+    adata: AnnData, name: str, values: np.ndarray, rows: np.ndarray | None, names: Sequence[str]
+) -> None:
+    """``obsm[name]``, a table of cells x proteins that says so: in a MuData, they are a modality of their own."""
+    write_obsm(adata, name, values, rows, names)
+    adata.obsm[name].attrs[_FEATURE] = "protein"
+
+
+def is_of_proteins(value: Any) -> bool:
+    """Whether it is what :func:`write_proteins` wrote, and no file has been in between."""
+    return isinstance(value, pd.DataFrame) and value.attrs.get(_FEATURE) == "protein"
+
+
 def write_varm(
     adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray, names: Sequence[str] | None = None
 ) -> None:
@@ -188,6 +207,24 @@ def write_uns(adata: AnnData, name: str, value: Mapping) -> None:
     """``uns[name]``, replacing an earlier one."""
     _own(adata)
     adata.uns[name] = dict(value)
+
+
+def write_modalities(mdata: MuData, changes: Iterable[tuple[str | None, str, str, Any]]) -> None:
+    """``slot[key]`` of the named modality of a MuData, or for None of itself; a value that is None is removed."""
+    for modality, slot, key, value in changes:
+        _own(mdata)
+        owner = mdata if modality is None else mdata.mod[modality]
+        _own(owner)
+        if value is None:
+            getattr(owner, slot).pop(key, None)
+        else:
+            getattr(owner, slot)[key] = value
+
+
+def write_uns_table(adata: AnnData, name: str, values: np.ndarray, names: Sequence[str]) -> None:
+    """``uns[name]``, a table of the pairs of ``names``, replacing an earlier one."""
+    _own(adata)
+    adata.uns[name] = _table(values, pd.Index([column_name(name) for name in names]), names)
 
 
 def _table(values: np.ndarray, index: pd.Index, names: Sequence[str]) -> pd.DataFrame:

@@ -28,6 +28,8 @@ ON_ANNDATA = {name: f for name, f in FUNCTIONS.items() if name.partition(".")[0]
 REQUIRED = {"groupby", "condition", "batch_key", "labels_key", "reference"}
 # Whose result has other genes, so that it is always an AnnData of its own.
 MAKES_ITS_OWN = {"align_query"}
+# Of a MuData only; all others take an AnnData.
+OF_MUDATA = {"setup_mudata"}
 
 functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 on_anndata = pytest.mark.parametrize("function", ON_ANNDATA.values(), ids=ON_ANNDATA)
@@ -73,7 +75,7 @@ def test_a_namespace_shows_what_is_public_and_nothing_else(space):
 @on_anndata
 def test_adata_comes_first_and_at_most_two_arguments_are_positional(function):
     first, *others = parameters(function).values()
-    assert first.name == "adata"
+    assert first.name == ("mdata" if function.__name__ in OF_MUDATA else "adata")
     assert first.default is first.empty
     positional = [p for p in others if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     assert len(positional) <= 1
@@ -106,7 +108,8 @@ def test_options_that_all_functions_share_have_one_default(function):
 @on_anndata
 def test_what_writes_can_copy(function):
     returns = str(inspect.signature(function).return_annotation)
-    assert ("copy" in parameters(function)) == ("AnnData" in returns and function.__name__ not in MAKES_ITS_OWN)
+    writes = ("AnnData" in returns or "MuData" in returns) and function.__name__ not in MAKES_ITS_OWN
+    assert ("copy" in parameters(function)) == writes
 
 
 @functions
@@ -175,7 +178,8 @@ EXAMPLES = [
 
 def test_every_public_function_has_an_example():
     names = {test.name for test in EXAMPLES}
-    assert {f"{f.__module__}.{f.__name__}" for f in FUNCTIONS.values()} <= names
+    defined = [inspect.unwrap(f) for f in FUNCTIONS.values()]
+    assert {f"{f.__module__}.{f.__name__}" for f in defined} <= names
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name.removeprefix("scvi_ext."))

@@ -12,6 +12,7 @@ from scvi_ext.get._metrics_df import metrics_df
 from scvi_ext.get._model import model
 from scvi_ext.get._posterior_predictive import posterior_predictive
 from scvi_ext.get._setup import setup
+from scvi_ext.modalities import takes_mudata
 
 __all__ = [
     "annotation_df",
@@ -27,3 +28,6 @@ __all__ = [
     "posterior_predictive",
     "setup",
 ]
+
+for _name in __all__:
+    globals()[_name] = takes_mudata(globals()[_name], __name__)

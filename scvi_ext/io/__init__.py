@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from scvi_ext.modalities import takes_mudata
+
 from ._read_model import read_model
 from ._scvi_tools import read_scvi_tools
 from ._write_model import write_model
+
+write_model = takes_mudata(write_model, __name__)
 
 __all__ = ["read_model", "read_scvi_tools", "write_model"]

@@ -8,6 +8,7 @@ from scvi_ext.metrics._imputation_error import imputation_error
 from scvi_ext.metrics._knn_purity import knn_purity
 from scvi_ext.metrics._nn_overlap import nn_overlap
 from scvi_ext.metrics._table import table
+from scvi_ext.modalities import takes_mudata
 
 __all__ = [
     "annotation_baselines",
@@ -19,3 +20,6 @@ __all__ = [
     "nn_overlap",
     "table",
 ]
+
+for _name in __all__:
+    globals()[_name] = takes_mudata(globals()[_name], __name__)

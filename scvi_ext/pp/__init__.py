@@ -1,10 +1,15 @@
-"""Preparing an AnnData for a model."""
+"""Preparing an AnnData or a MuData for a model."""
 
 from __future__ import annotations
+
+from scvi_ext.modalities import takes_mudata
 
 from ._align_query import align_query
 from ._corrupt import corrupt
 from ._restore import restore
 from ._setup_anndata import setup_anndata
+from ._setup_mudata import setup_mudata
 
-__all__ = ["align_query", "corrupt", "restore", "setup_anndata"]
+corrupt, restore = (takes_mudata(function, __name__) for function in (corrupt, restore))
+
+__all__ = ["align_query", "corrupt", "restore", "setup_anndata", "setup_mudata"]

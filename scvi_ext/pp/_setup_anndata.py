@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import pandas as pd
-from anndata import AnnData
-
-from scvi_ext import results
-from scvi_ext._errors import listing, missing_key, one_of, unknown_keyword, warn
-from scvi_ext._keys import UNS
-from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
-from scvi_ext.data.matrix import read_all
-from scvi_ext.data.proteins import missing_proteins
-from scvi_ext.data.registry import Registry, codes, read_root, stale_slots
-from scvi_ext.data.store import check_in_memory, check_unique_genes, numeric_column, protein_matrix, size_factors
+from scvi_ext._errors import unknown_keyword
+from scvi_ext.pp._register import register
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from anndata import AnnData
+
 _ELSEWHERE = {"protein_expression_obsm_key": "protein_obsm_key"}  # keywords of scvi-tools that have another name here
-_MIN_CELLS = 3
 
 
 def setup_anndata(
@@ -119,184 +109,22 @@ def setup_anndata(
     """
     for name in unknown:
         raise unknown_keyword("setup_anndata", name, _valid_keywords(), renamed=_ELSEWHERE.get(name))
-    one_of("check", check, ["error", "warn"])
-    _check_adata(adata, copy=copy)
-    categorical = _keys("categorical_covariate_keys", categorical_covariate_keys)
-    continuous = _keys("continuous_covariate_keys", continuous_covariate_keys)
-    _check_roles(
-        batch_key=batch_key,
-        labels_key=labels_key,
-        size_factor_key=size_factor_key,
-        categorical_covariate_keys=categorical,
-        continuous_covariate_keys=continuous,
-    )
-    obs = adata.obs
-    registry = Registry(
+    return register(
+        adata,
         layer=layer,
         batch_key=batch_key,
         labels_key=labels_key,
-        unlabeled_category=None if unlabeled_category is None else str(unlabeled_category),
+        unlabeled_category=unlabeled_category,
         size_factor_key=size_factor_key,
-        categorical_covariate_keys=categorical,
-        continuous_covariate_keys=continuous,
+        categorical_covariate_keys=categorical_covariate_keys,
+        continuous_covariate_keys=continuous_covariate_keys,
         protein_obsm_key=protein_obsm_key,
-        protein_names=_protein_names(adata, protein_obsm_key, protein_names_uns_key),
-        batch_categories=complete_categories(obs, batch_key) if batch_key is not None else (),
-        labels_categories=_labels(obs, labels_key, unlabeled_category),
-        covariate_categories=tuple(complete_categories(obs, key) for key in categorical),
+        protein_names_uns_key=protein_names_uns_key,
+        protein_batch_mask=protein_batch_mask,
+        check=check,
+        copy=copy,
     )
-    if protein_obsm_key is None and not isinstance(protein_batch_mask, str):
-        msg = "protein_batch_mask is given without protein_obsm_key; name the protein counts too."
-        raise ValueError(msg)
-    for key in continuous:
-        numeric_column(obs, key)
-    if size_factor_key is not None:
-        size_factors(obs, size_factor_key)
-
-    clean = report_audits(audit_registered(adata, registry), check)
-    _warn_small_batches(obs, registry)
-    if protein_obsm_key is not None:
-        registry = replace(registry, missing_proteins=_missing_proteins(adata, registry, protein_batch_mask))
-
-    adata = adata.copy() if copy else adata
-    results.write_setup(adata, replace(registry, audit="clean" if clean else None).to_uns())
-    _log(adata, registry)
-    return adata if copy else None
 
 
 def _valid_keywords() -> list[str]:
     return [p.name for p in signature(setup_anndata).parameters.values() if p.kind is p.KEYWORD_ONLY]
-
-
-def _check_adata(adata: AnnData, *, copy: bool) -> None:
-    if not isinstance(adata, AnnData):
-        kind = type(adata).__name__
-        advice = " Pass one modality, e.g. mdata['rna'], with proteins in its obsm." if kind == "MuData" else ""
-        msg = f"adata is a {kind}; an AnnData is needed.{advice}"
-        raise TypeError(msg)
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
-        raise ValueError(msg)
-    check_in_memory(adata, copy=copy)
-    check_unique_genes(adata)
-    read_root(adata)
-
-
-def _keys(name: str, keys: Sequence[str] | None) -> tuple[str, ...]:
-    keys = (keys,) if isinstance(keys, str) else tuple(keys or ())
-    for key in keys:
-        if not isinstance(key, str):
-            msg = f"{name} holds {key!r}, a {type(key).__name__}; names of columns of adata.obs are needed."
-            raise TypeError(msg)
-    return keys
-
-
-def _check_roles(**roles: str | tuple[str, ...] | None) -> None:
-    """Each column of ``obs`` has one role only."""
-    taken: dict[str, str] = {}
-    for role, keys in roles.items():
-        if not isinstance(keys, str | tuple | None):
-            msg = f"{role}={keys!r} is a {type(keys).__name__}; the name of one column of adata.obs is needed."
-            raise TypeError(msg)
-        for key in _keys(role, keys):
-            if key in taken:
-                twice = f"twice in {role}" if taken[key] == role else f"both in {taken[key]} and in {role}"
-                msg = f"adata.obs[{key!r}] is given {twice}; name it once."
-                raise ValueError(msg)
-            taken[key] = role
-
-
-def _labels(obs: pd.DataFrame, key: str | None, unlabeled: str | None) -> tuple[str, ...]:
-    if key is None:
-        if unlabeled is not None:
-            msg = f"unlabeled_category={unlabeled!r} is given without labels_key; name the column it is found in."
-            raise ValueError(msg)
-        return ()
-    categories = complete_categories(obs, key, " and pass unlabeled_category='unknown'")
-    if unlabeled is None:
-        return categories
-    one_of("unlabeled_category", str(unlabeled), categories)
-    labels = tuple(category for category in categories if category != str(unlabeled))
-    if not labels:
-        msg = f"All cells have the unlabeled_category {unlabeled!r} in adata.obs[{key!r}]; some labels are needed."
-        raise ValueError(msg)
-    return labels
-
-
-def _protein_names(adata: AnnData, key: str | None, names_key: str | None) -> tuple[str, ...]:
-    if key is None:
-        if names_key is not None:
-            msg = f"protein_names_uns_key={names_key!r} is given without protein_obsm_key; name the protein counts too."
-            raise ValueError(msg)
-        return ()
-    n_proteins = protein_matrix(adata, key).shape[1]
-    table = adata.obsm[key]
-    if isinstance(table, pd.DataFrame):
-        if names_key is not None:
-            msg = f"adata.obsm[{key!r}] is a table with names of its own: leave out protein_names_uns_key."
-            raise ValueError(msg)
-        names = tuple(map(str, table.columns))
-    elif names_key is None:
-        names = tuple(f"protein_{i}" for i in range(n_proteins))
-    elif names_key in adata.uns:
-        names = tuple(map(str, adata.uns[names_key]))
-    else:
-        raise missing_key("adata.uns", names_key, adata.uns)
-    if len(names) != n_proteins or n_proteins == 0:
-        msg = f"adata.obsm[{key!r}] has {n_proteins} proteins and there are {len(names)} names; one for each is needed."
-        raise ValueError(msg)
-    if len(set(names)) < len(names):
-        repeated = pd.Index(names)[pd.Index(names).duplicated()].unique()
-        msg = f"The proteins in adata.obsm[{key!r}] have names more than once: {listing(repeated)}. Rename them."
-        raise ValueError(msg)
-    return names
-
-
-def _missing_proteins(adata: AnnData, registry: Registry, given: Any) -> tuple[tuple[str, ...], ...]:
-    counts = read_all(protein_matrix(adata, registry.protein_obsm_key, registry.protein_names)).toarray()
-    batch_index = np.zeros(adata.n_obs, dtype=np.int64)
-    if registry.batch_key is not None:
-        batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)
-    return missing_proteins(counts, batch_index, registry.protein_names, registry.batch_categories, given)
-
-
-def _warn_small_batches(obs: pd.DataFrame, registry: Registry) -> None:
-    if registry.batch_key is None:
-        return
-    sizes = np.bincount(codes(obs, registry.batch_key, registry.batch_categories))
-    small = [name for name, size in zip(registry.batch_categories, sizes, strict=True) if size < _MIN_CELLS]
-    if small:
-        msg = (
-            f"{len(small)} of {len(sizes)} batches in adata.obs[{registry.batch_key!r}] have fewer than {_MIN_CELLS} "
-            f"cells: {listing(small)}. Their effect cannot be estimated; merge them or leave them out."
-        )
-        warn(msg)
-
-
-def _log(adata: AnnData, registry: Registry) -> None:
-    from scanpy import logging as logg
-
-    counts = "X" if registry.layer is None else f"layer {registry.layer!r}"
-    parts = [f"{adata.n_obs} cells x {adata.n_vars} genes from {counts}"]
-    if registry.batch_key is not None:
-        parts.append(f"{len(registry.batch_categories)} batches ({registry.batch_key!r})")
-    if registry.labels_key is not None:
-        parts.append(f"{len(registry.labels_categories)} labels ({registry.labels_key!r})")
-    if registry.size_factor_key is not None:
-        parts.append(f"size factors ({registry.size_factor_key!r})")
-    covariates = registry.categorical_covariate_keys + registry.continuous_covariate_keys
-    if covariates:
-        parts.append(f"covariates ({listing(covariates)})")
-    if registry.protein_obsm_key is not None:
-        parts.append(f"{len(registry.protein_names)} proteins ({registry.protein_obsm_key!r})")
-    for batch, names in zip(registry.batch_categories, registry.missing_proteins, strict=False):
-        if names:
-            logg.info(f"batch {batch!r} has not measured {len(names)} proteins: {listing(names)}")
-    logg.info(f"registered {', '.join(parts)}", deep=f"added\n    {UNS.root!r}, what models read (adata.uns)")
-    fits = read_root(adata).get(UNS.fits, {})
-    stale = [key for key, fit in fits.items() if stale_slots(Registry.from_uns(fit["setup"]), registry)]
-    if stale:
-        logg.warning(
-            f"fits that were trained on other slots than are registered now: {listing(stale)}. They are kept, and "
-            "refused when used; fit again, or set up as before to use them."
-        )

@@ -1,5 +1,6 @@
 """Fit a model, and read out what it has learned."""
 
+from scvi_ext.modalities import takes_mudata
 from scvi_ext.tl._amortization_gap import amortization_gap
 from scvi_ext.tl._classify import classify
 from scvi_ext.tl._denoised_samples import denoised_samples
@@ -51,3 +52,6 @@ __all__ = [
     "posterior_predictive_sample",
     "within_group_de",
 ]
+
+for _name in __all__:
+    globals()[_name] = takes_mudata(globals()[_name], __name__)
