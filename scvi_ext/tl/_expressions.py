@@ -10,7 +10,7 @@ from scvi_ext.functional.generate import on_host
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from scvi_ext._contract import Expression, Minibatch
     from scvi_ext.engine.map_cells import Draws
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 def expressions(
     module: nn.Module, cells: Minibatch, draws: Draws, n_samples: int, batch: int | None = None
-) -> Iterator[Expression]:
-    """What the decoder says in ``batch`` (None: each cell's own) at ``n_samples`` posterior samples, in host memory."""
+) -> Iterator[tuple[Expression, Tensor, Tensor]]:
+    """What the decoder says in ``batch`` (None: each cell's own) at ``n_samples`` posterior samples, in host memory.
+
+    With it come the sample of z, transformed, and the noise that it was made of.
+    """
     noise = draws.normal(len(cells.x), n_samples, module.n_noise)
     posteriors = module.posteriors(cells)
     decoded_in = in_batch(cells, batch)
     for s in range(n_samples):
         z, log_library = module.draw(cells, posteriors, noise[:, s])
-        yield on_host(module.decode(module.transform_z(z), decoded_in, log_library))
+        z = module.transform_z(z)
+        yield on_host(module.decode(z, decoded_in, log_library)), z, noise[:, s]

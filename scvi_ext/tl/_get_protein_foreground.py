@@ -6,7 +6,7 @@ import torch
 
 from scvi_ext._errors import one_of
 from scvi_ext.functional.proteins import background_mean, foreground_given_counts, foreground_probability
-from scvi_ext.tl._proteins import read_proteins
+from scvi_ext.tl._proteins import efficiency, read_proteins
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,9 +113,7 @@ def get_protein_foreground(
     def given_counts(panel: Panel, z: Tensor, cells: Minibatch, noise: Tensor) -> Tensor:
         module = panel.fitted.module
         py = module.decode_protein(z, cells)
-        background = background_mean(py, noise)
-        if module.log_efficiency is not None:
-            background = background * torch.exp(module.log_efficiency[cells.batch_index])
+        background = background_mean(py, noise) * efficiency(module, cells)
         measured = module.protein_batch_mask[cells.batch_index]
         return torch.where(measured, foreground_given_counts(cells.protein, py, background), torch.nan)
 

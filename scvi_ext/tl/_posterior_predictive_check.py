@@ -124,7 +124,7 @@ def posterior_predictive_check(
         streams = draws.streams(len(x))
         by_gene, by_cell = [_sums(x, 0)], [_sums(x, 1)]
         rate, below, up_to = 0.0, 0.0, 0.0
-        for px in expressions(module, cells, draws, n_samples):
+        for px, *_ in expressions(module, cells, draws, n_samples):
             drawn = draw_counts(likelihood, px, streams)
             by_gene.append(_sums(drawn, 0))
             by_cell.append(_sums(drawn, 1))

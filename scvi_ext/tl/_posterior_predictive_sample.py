@@ -9,9 +9,12 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._errors import whole_number
+from scvi_ext._keys import of_proteins
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.generate import draw_counts
+from scvi_ext.functional.proteins import draw_protein_counts
 from scvi_ext.tl._expressions import expressions
+from scvi_ext.tl._proteins import log_imputed, panel_if_any, streams_of_proteins
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,13 +32,14 @@ def posterior_predictive_sample(
     key: str | None = None,
     n_samples: int = 1,
     gene_list: Sequence[str] | None = None,
+    protein_list: Sequence[str] | None = None,
     transform_batch: Any = None,
     indices: Sequence | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     key_added: str | None = None,
     copy: bool = False,
-) -> AnnData | list[sp.csr_matrix] | None:
+) -> AnnData | list[sp.csr_matrix] | tuple[list[sp.csr_matrix], np.ndarray] | None:
     """Draw new counts for every cell, from the likelihood of the fit at posterior samples of z and the library.
 
     Each count is a draw from exactly the distribution that was fitted; for ``reconstruction_loss="bernoulli"`` it is 1
@@ -52,8 +56,11 @@ def posterior_predictive_sample(
         One is written; more are returned, in memory of the order of their non-zero counts.
     gene_list
         Names of genes. One sample of them is a table in ``obsm``.
+    protein_list
+        Names of proteins, for a model that has them; all by default, and none if it is empty.
     transform_batch
-        Batch to decode in, as if all cells had been measured there; one only. None: each cell's own.
+        Batch to decode in, as if all cells had been measured there; one only. None: each cell's own, and for a protein
+        that it has not measured, one of those that have, at random.
     indices
         The cells: positions, mask or names. For a table or samples that are returned; a sparse layer has no NaN for the
         other cells.
@@ -74,16 +81,20 @@ def posterior_predictive_sample(
         Sparse (CSR), float32, cells x genes.
     ``adata.obsm["<key>_posterior_predictive"]``
         DataFrame, float32, cells x gene_list, NaN for cells that were not asked for; with ``gene_list`` only.
+    ``adata.obsm["<key>_posterior_predictive_protein"]``
+        The same of proteins, for a model that has them; with ``key_added``, ``"<key_added>_protein"``.
 
     With ``n_samples`` of 2 or more: a list of sparse matrices (CSR), float32, each the chosen cells x ``gene_list`` or
-    the genes of the fit in its order, and nothing is written.
+    the genes of the fit in its order, and nothing is written. With proteins, a pair: that list, and a float32 array,
+    samples x cells x proteins.
 
     Raises
     ------
     KeyError
-        No such fit, or unknown genes.
+        No such fit, or unknown genes or proteins.
     ValueError
-        Unknown batch, options that have no effect together, or cells or genes without a sample in a sparse layer.
+        Unknown batch, one that has not measured a protein, proteins of a model without, options that have no effect
+        together, or cells or genes without a sample in a sparse layer.
 
     Examples
     --------
@@ -110,34 +121,47 @@ def posterior_predictive_sample(
     module = fitted.module
     batch = fitted.batch_code(transform_batch)
     genes = fitted.gene_positions(gene_list)
+    panel = panel_if_any(fitted, [batch], protein_list)
+    slot_of_proteins = fitted.slot("obsm", of_proteins(slot), None)
     columns = slice(None) if genes is None else genes
     if n_samples == 1 and genes is None:
         _check_complete(adata, fitted)
 
     def samples(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
         streams = draws.streams(len(cells.x))
-        drawn = [
-            draw_counts(module.reconstruction_loss, px, streams)[:, columns].astype(np.float32)
-            for px in expressions(module, cells, draws, n_samples, batch)
-        ]
-        return (torch.from_numpy(np.stack(drawn)),)  # (S, B, genes)
+        more_streams = [] if panel is None else streams_of_proteins(streams)
+        drawn = []
+        for px, z, noise in expressions(module, cells, draws, n_samples, batch):
+            counts = draw_counts(module.reconstruction_loss, px, streams)[:, columns]
+            if panel is not None:
+                parts = panel.components(z, cells, noise, more_streams, counted=True)
+                counts = np.concatenate([counts, draw_protein_counts(parts, more_streams)[:, panel.columns]], axis=1)
+            drawn.append(counts.astype(np.float32))
+        return (torch.from_numpy(np.stack(drawn)),)  # (S, B, genes and then proteins)
 
     start = logg.info(f"drawing counts from fit {fitted.fit.key!r}")
+    log_imputed(panel)
     size = n_samples * max(module.n_noise, fitted.store.n_genes)
-    parts = [
-        [sp.csr_matrix(sample) for sample in block]
-        for _, (block,) in fitted.map(samples, batch_size=batch_size, seed=seed, floats_per_cell=size)
-    ]
+    n_genes = fitted.store.n_genes if genes is None else len(genes)
+    parts, of_panel = [], []
+    for _, (block,) in fitted.map(samples, batch_size=batch_size, seed=seed, floats_per_cell=size):
+        parts.append([sp.csr_matrix(sample) for sample in block[..., :n_genes]])
+        of_panel.append(block[..., n_genes:].copy())
     drawn = [sp.vstack(blocks, format="csr") for blocks in zip(*parts, strict=True)]
+    proteins = np.concatenate(of_panel, axis=1)
     if n_samples > 1:
         logg.info("    finished", time=start)
-        return drawn
+        return drawn if panel is None else (drawn, proteins)
     if genes is None:
         results.write_sparse_layer(adata, slot, drawn[0], fitted.columns)
     else:
         names = [fitted.fit.var_names[i] for i in genes]
         results.write_obsm(adata, slot, drawn[0].toarray(), fitted.rows, names=names)
-    logg.info("    finished", time=start, deep=f"added\n    {slot!r}, posterior predictive counts (adata.{place})")
+    added = f"{slot!r}, posterior predictive counts (adata.{place})"
+    if panel is not None:
+        results.write_obsm(adata, slot_of_proteins, proteins[0], fitted.rows, names=panel.names)
+        added += f"\n    {slot_of_proteins!r}, the same of proteins (adata.obsm)"
+    logg.info("    finished", time=start, deep=f"added\n    {added}")
     return adata if copy else None
 
 

@@ -14,17 +14,19 @@ import numpy as np
 import torch
 from scanpy import logging as logg
 
-from scvi_ext import results
+from scvi_ext import models, results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, whole_number
-from scvi_ext.fitted import Fitted, in_batch
+from scvi_ext.fitted import Fitted, in_batch, require
+from scvi_ext.functional.proteins import background_mean, components
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
     from anndata import AnnData
-    from torch import Tensor
+    from numpy.random import Generator
+    from torch import Tensor, nn
 
     from scvi_ext._contract import Minibatch, ProteinExpression
     from scvi_ext.engine.map_cells import Draws
@@ -95,16 +97,33 @@ class Panel:
         imputed = sum(torch.where(measured[batch], decoded(batch), 0.0) for batch in self.donors) / measured.sum(0)
         return torch.where(measured[cells.batch_index], own, imputed)
 
-    def log_imputed(self) -> None:
-        """Say what is imputed, if anything is."""
-        missing = ~self.measured[self.fitted.store.batch_index][:, self.columns]
-        if self.donors and missing.any():
-            proteins = [name for name, somewhere in zip(self.names, missing.any(0), strict=True) if somewhere]
-            batches = listing((self.fitted.registry.batch_categories[i] for i in self.donors), 5)
-            logg.info(
-                f"    imputing {len(proteins)} proteins that were not measured in the batches of "
-                f"{missing.any(1).sum()} of {len(missing)} cells: {listing(proteins, 5)}; decoded in {batches}"
-            )
+    def components(
+        self, z: Tensor, cells: Minibatch, noise: Tensor, streams: Sequence[Generator], *, counted: bool
+    ) -> Tensor:
+        """What counts of all proteins are drawn from, (4, B, P), see :func:`scvi_ext.functional.proteins.components`.
+
+        ``batches`` is one. Draws cannot be averaged, so what is imputed comes from one of the batches at random, and
+        from the same one for all proteins of a cell that the same batches have measured. ``noise`` is that of z, and
+        ``counted`` says whether the efficiency of a batch belongs to it.
+        """
+        module = self.fitted.module
+
+        def decoded(there: Minibatch) -> Tensor:
+            py = module.decode_protein(z, there)
+            background = background_mean(py, noise[:, module.n_latent : -1])
+            return components(py, background * efficiency(module, there) if counted else background)
+
+        cells = in_batch(cells, self.batches[0])
+        values = decoded(cells)
+        if not self.donors:
+            return values
+        n_donors, first = self.measured.sum(0), np.argsort(~self.measured, axis=0, kind="stable")
+        chosen = (np.array([rng.random() for rng in streams])[:, None] * n_donors).astype(int)
+        donor = torch.from_numpy(np.take_along_axis(first, chosen, axis=0)).to(z.device)  # (B, P)
+        donor[module.protein_batch_mask[cells.batch_index]] = -1
+        for batch in self.donors:
+            values = torch.where(donor == batch, decoded(in_batch(cells, batch)), values)
+        return values
 
     def _check(self, decoded: np.ndarray) -> None:
         names, categories = np.array(self.fitted.registry.protein_names), self.fitted.registry.batch_categories
@@ -120,6 +139,39 @@ class Panel:
                     "that have measured a protein."
                 )
                 raise ValueError(msg)
+
+
+def panel_if_any(fitted: Fitted, batches: Sequence[int | None], protein_list: Sequence[str] | None) -> Panel | None:
+    """The panel of what is about genes first: all proteins of a model that has them, or none, or those listed."""
+    if protein_list is None and Capability.PROTEIN not in models.get(fitted.fit.model).capabilities:
+        return None
+    require(Capability.PROTEIN, fitted.fit)
+    none = protein_list is not None and len(protein_list) == 0
+    return None if none else Panel.of(fitted, batches, protein_list)
+
+
+def log_imputed(panel: Panel | None) -> None:
+    """Say what is imputed, if anything is."""
+    if panel is None or not panel.donors:
+        return
+    missing = ~panel.measured[panel.fitted.store.batch_index][:, panel.columns]
+    proteins = [name for name, somewhere in zip(panel.names, missing.any(0), strict=True) if somewhere]
+    if proteins:
+        batches = listing((panel.fitted.registry.batch_categories[i] for i in panel.donors), 5)
+        logg.info(
+            f"    imputing {len(proteins)} proteins that were not measured in the batches of {missing.any(1).sum()} of "
+            f"{len(missing)} cells: {listing(proteins, 5)}; decoded in {batches}"
+        )
+
+
+def efficiency(module: nn.Module, cells: Minibatch) -> Tensor | float:
+    """The factor of the counts of each protein in the batch of each cell, (B, P); 1 for a model without."""
+    return 1.0 if module.log_efficiency is None else torch.exp(module.log_efficiency[cells.batch_index])
+
+
+def streams_of_proteins(streams: Sequence[Generator]) -> list[Generator]:
+    """Generators of their own, so that genes are drawn alike with and without proteins."""
+    return [rng.spawn(1)[0] for rng in streams]
 
 
 def read_proteins(
@@ -183,7 +235,7 @@ def read_proteins(
 
     start = logg.info(f"computing {what} from fit {fitted.fit.key!r}")
     if imputes:
-        panel.log_imputed()
+        log_imputed(panel)
     size = n_samples * (n_noise + n_more)
     parts = fitted.map(samples, batch_size=batch_size, seed=seed, floats_per_cell=size)
     values = np.concatenate([part for _, (part,) in parts], axis=0 if return_mean else 1)
