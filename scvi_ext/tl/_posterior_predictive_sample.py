@@ -159,7 +159,7 @@ def posterior_predictive_sample(
         results.write_obsm(adata, slot, drawn[0].toarray(), fitted.rows, names=names)
     added = f"{slot!r}, posterior predictive counts (adata.{place})"
     if panel is not None:
-        results.write_obsm(adata, slot_of_proteins, proteins[0], fitted.rows, names=panel.names)
+        results.write_proteins(adata, slot_of_proteins, proteins[0], fitted.rows, panel.names)
         added += f"\n    {slot_of_proteins!r}, the same of proteins (adata.obsm)"
     logg.info("    finished", time=start, deep=f"added\n    {added}")
     return adata if copy else None

@@ -242,6 +242,6 @@ def read_proteins(
     if not return_mean:
         logg.info("    finished", time=start)
         return values
-    results.write_obsm(adata, slot, values, fitted.rows, names=panel.names)
+    results.write_proteins(adata, slot, values, fitted.rows, panel.names)
     logg.info("    finished", time=start, deep=f"added\n    {slot!r}, {what} (adata.obsm)")
     return adata if copy else None
