@@ -1,8 +1,8 @@
 """Log-likelihood of protein counts, background and foreground, with all gradients made in the same pass.
 
-A kernel is a function ``run(y, measured, log_background, log_ratio, log_theta, mixing, weight, gradients)`` that returns
-the log-probability of each row, and ``weight`` times its gradients by the four last tensors. The plain formula is
-:func:`scvi_ext.functional.counts.log_mixture_nb`.
+A kernel is a function ``run(y, measured, log_background, log_ratio, log_theta, mixing, weight, gradients)`` that
+returns the log-probability of each row, and ``weight`` times its gradients by the four last tensors. The plain formula
+is :func:`scvi_ext.functional.counts.log_mixture_nb`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def plain(
 ) -> Tensor:
     """The same by the formula."""
     background = torch.exp(log_background)
+    y = torch.where(measured, y, 0.0)  # else what is not finite there would reach the gradients, as 0 times NaN
     log_p = log_mixture_nb(y, background, background * torch.exp(log_ratio), torch.exp(log_theta), None, mixing)
     return torch.where(measured, log_p, 0.0).sum(-1)
 

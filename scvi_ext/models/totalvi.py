@@ -13,8 +13,9 @@ so that beta is the background of a protein, ambient antibody for the most part,
 and alpha beta its foreground. Inference network: :math:`q(z, \beta, l \mid x, y) = q(z \mid x, y)\; q(\beta \mid z)\;
 q(l \mid x, y)`.
 
-A protein that was not measured in a batch has no part in the likelihood of its cells. There, a critic watches z and
-tells batches from it; until the KL divergences have their full weight, z is asked to leave it in the dark.
+A protein that was not measured in a batch has no part in the likelihood of its cells, and the encoder sees zeros,
+whatever stands in the table. Where batches differ in this, a critic watches z and tells batches from it; until the KL
+divergences have their full weight, z is asked to leave it in the dark.
 
 Where we differ from scvi-tools: the likelihood of the proteins has its weight from the first step (there it is warmed
 up with the KL divergences); the ELBO has no terms but those of the model; heads and encoders exist only where they are
@@ -295,7 +296,8 @@ class TOTALVI(CountVAE):
         return alike + 0.5 * (self.log_efficiency[cells.batch_index] ** 2).sum(-1).mean()  # log N(0, 1) of each factor
 
     def _encoder_input(self, cells: Minibatch) -> EncoderInput:
-        x, y = (counts / (1 + counts.mean(-1, keepdim=True)) for counts in (cells.x, cells.protein))
+        measured = torch.where(self._measured(cells), cells.protein, 0.0)
+        x, y = (counts / (1 + counts.mean(-1, keepdim=True)) for counts in (cells.x, measured))
         if self.log_variational:
             x, y = x.log1p(), y.log1p()
         if not self.encode_covariates:
@@ -340,8 +342,9 @@ class TOTALVI(CountVAE):
         qz = self.encode(self._both(x, y, batch_index))
         if not give_mean:
             return self.transform_z(sample_normal(qz))
-        noise = torch.randn(len(x), n_samples, self.n_latent, device=x.device) if self.latent_distribution == "ln" else None
-        return self.mean_z(qz, noise)
+        if self.latent_distribution == "normal":
+            return qz.loc
+        return self.mean_z(qz, torch.randn(len(x), n_samples, self.n_latent, device=x.device))
 
     def sample_from_posterior_l(
         self, x: Tensor, y: Tensor, batch_index: Tensor | None = None, give_mean: bool = True
@@ -419,7 +422,8 @@ class TOTALVI(CountVAE):
         else:
             log_library = sample_normal(ql, torch.randn(*lead, *ql.loc.shape, device=x.device))
         cells = cells if transform_batch is None else self._in_batch(cells, transform_batch)
-        px, py, _ = self.decoder(self.covariates.append(z, cells), torch.exp(log_library), *self.covariates.codes(cells))
+        z_and_dense, *codes = self._decoder_input(z, cells)
+        px, py, _ = self.decoder(z_and_dense, torch.exp(log_library), *codes)
         px["r"] = torch.exp(self.dispersion(cells))
         py["r"] = torch.exp(self.protein_dispersion(cells))
         return {
