@@ -22,6 +22,7 @@ _LARGEST_LOG = 20.0  # log1p of a count stays below this up to 485 million count
 # For 20 cells with Poisson sums, P(variance < 0.1 mean) = P(chi2_19 < 1.9) = 2e-7; for more cells it is smaller still.
 _MIN_CELLS = 20
 _UNDERDISPERSED = 0.1
+_SMALLEST_SUM = 2.0  # on average: positive sums of few counts are nearly all 1
 
 _WHAT = {
     "missing": ("are missing (NaN)", "Remove or recompute them; zero counts are 0, not NaN."),
@@ -33,6 +34,14 @@ _WHAT = {
         "float32 cannot hold such integers exactly; counts of molecules are far smaller: check how they were made.",
     ),
 }
+# What to do where proteins are another matter than genes.
+_WHAT_PROTEIN = {
+    "missing": (
+        "Zero counts are 0, not NaN, also where a batch has not measured a protein (protein_batch_mask='auto' finds "
+        "that): fill them, fillna(0)."
+    ),
+    "negative": "Centred, scaled or background-corrected values (CLR, DSB) cannot be used: pass the raw counts.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Offence:
     kind: str
     n_entries: int
     n_cells: int
+    features: tuple[str, ...]  # genes or proteins that have such entries
     example: tuple[str, str, float]  # cell, gene, value of the first entry
     cells_per_batch: dict[str, tuple[int, int]]  # batch: offending cells, all cells
     largest: float  # of the finite offending entries
@@ -91,13 +101,21 @@ class CountAudit:
             f"{listing(self.silent_genes, 3)}. A model learns nothing from them.{filtering}"
         ]
 
+    @property
+    def _transforms(self) -> str:
+        return " (log1p, CLR)" if self.feature == "protein" else ""
+
     def _entries(self, offence: Offence) -> str:
         what, advice = _WHAT[offence.kind]
         cell, name, value = offence.example
+        which = ""
+        if self.feature == "protein":
+            which = f", in {len(offence.features)} of {self.n_genes} proteins: {listing(offence.features, 3)}"
+            advice = _WHAT_PROTEIN.get(offence.kind, advice)
         batches = ", ".join(f"{bad} of {all_} in {batch!r}" for batch, (bad, all_) in offence.cells_per_batch.items())
         if offence.kind == "fractional":
             advice = (
-                "They look log-transformed or normalised: pass the raw counts"
+                f"They look log-transformed or normalised{self._transforms}: pass the raw counts"
                 if offence.largest < _LARGEST_LOG
                 else "They look normalised or estimated: pass the raw counts"
             )
@@ -106,8 +124,8 @@ class CountAudit:
             advice += ". Estimated counts (SoupX, CellBender, RSEM) can be rounded, or passed with check='warn'."
         return (
             f"{offence.n_entries} entries in {offence.n_cells} of {self.n_cells} cells {what}"
-            f"{f' (cells: {batches})' if batches else ''}, first cell {cell!r}, {self.feature} {name!r}: {value:.10g}. "
-            f"{advice}"
+            f"{f' (cells: {batches})' if batches else ''}{which}, first cell {cell!r}, {self.feature} {name!r}: "
+            f"{value:.10g}. {advice}"
         )
 
 
@@ -118,9 +136,10 @@ def _in(batch: str) -> str:
 class _Tally:
     """Offending entries of one kind, added up over chunks."""
 
-    def __init__(self, n_cells: int):
+    def __init__(self, n_cells: int, n_genes: int):
         self.n_entries = 0
         self.cells = np.zeros(n_cells, dtype=bool)
+        self.features = np.zeros(n_genes, dtype=bool)
         self.example: tuple[int, int, float] | None = None
         self.largest = -np.inf
 
@@ -130,6 +149,7 @@ class _Tally:
         values = chunk.data[entries].astype(np.float64)
         self.n_entries += len(entries)
         self.cells[rows] = True
+        self.features[chunk.indices[entries]] = True
         self.largest = max(self.largest, values[np.isfinite(values)].max(initial=-np.inf))
         if self.example is None:
             self.example = (int(rows[0]), int(chunk.indices[entries[0]]), float(values[0]))
@@ -188,7 +208,7 @@ def audit_counts(
     for start, chunk in row_chunks(matrix):
         for kind, mask in _offending(chunk.data).items():
             if mask.any():
-                tallies.setdefault(kind, _Tally(n_cells)).add(start, chunk, mask)
+                tallies.setdefault(kind, _Tally(n_cells, n_genes)).add(start, chunk, mask)
         non_zeros += np.count_nonzero(chunk.data)
         largest = max(largest, float(chunk.data[np.isfinite(chunk.data)].max(initial=0)))
         expressed[chunk.indices[chunk.data != 0]] = True
@@ -227,6 +247,7 @@ def _offence(
         kind=kind,
         n_entries=tally.n_entries,
         n_cells=int(tally.cells.sum()),
+        features=tuple(str(genes[i]) for i in np.flatnonzero(tally.features)),
         example=(str(obs_names[cell]), str(genes[gene]), value),
         cells_per_batch={
             name: (int(bad), int(n)) for name, bad, n in zip(names, offending, total, strict=True) if name and bad
@@ -241,6 +262,8 @@ def _constant_sums(sums: np.ndarray, batch_codes: np.ndarray, names: list[str]) 
     usable = np.isfinite(sums) & (sums > 0)
     for code, name in enumerate(names):
         totals = sums[usable & (batch_codes == code)]
-        if len(totals) >= _MIN_CELLS and totals.var(ddof=1) < _UNDERDISPERSED * totals.mean():
+        if len(totals) < _MIN_CELLS or totals.mean() < _SMALLEST_SUM:
+            continue
+        if totals.var(ddof=1) < _UNDERDISPERSED * totals.mean():
             found[name] = (len(totals), float(totals.mean()))
     return found

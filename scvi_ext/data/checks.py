@@ -10,7 +10,7 @@ from scvi_ext._errors import warn
 from scvi_ext.data.audit import CountAudit, audit_counts
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import check_complete, codes, column, used_categories
-from scvi_ext.data.store import protein_matrix
+from scvi_ext.data.store import known_proteins, protein_matrix
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,12 +43,11 @@ def audit_registered(adata: AnnData, registry: Registry) -> dict[str, CountAudit
         batch = pd.Categorical.from_codes(batch_index, categories=registry.batch_categories)
     slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
     audits = {slot: audit_counts(counts_matrix(adata, registry.layer), adata.var_names, adata.obs_names, batch)}
-    if registry.protein_obsm_key is not None:
-        key = registry.protein_obsm_key
-        proteins = protein_matrix(adata, key)
-        audits[f"adata.obsm[{key!r}]"] = audit_counts(
-            proteins, registry.protein_names, adata.obs_names, batch, feature="protein"
-        )
+    key = registry.protein_obsm_key
+    present = known_proteins(adata, key, registry.protein_names)
+    if present:
+        proteins = protein_matrix(adata, key, present)
+        audits[f"adata.obsm[{key!r}]"] = audit_counts(proteins, present, adata.obs_names, batch, feature="protein")
     return audits
 
 

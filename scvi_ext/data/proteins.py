@@ -48,6 +48,51 @@ def missing_proteins(
     return tuple(tuple(name for name, known in zip(names, row, strict=True) if not known) for row in measured)
 
 
+def missing_in_query(
+    counts: np.ndarray,
+    batch_index: np.ndarray,
+    names: Sequence[str],
+    batches: Sequence[str],
+    known: Sequence[Sequence[str]],
+    absent: Sequence[str],
+) -> tuple[tuple[str, ...], ...]:
+    """The same for new cells beside known batches: in a new batch, what is absent or zero in all of its cells.
+
+    Parameters
+    ----------
+    counts
+        Of the new cells, shape (n, P), zeros where a protein is absent.
+    batch_index
+        Codes of their batches, shape (n,).
+    names, batches
+        Of proteins and batches, the known ones first.
+    known
+        Names of the proteins that were not measured in each known batch.
+    absent
+        Names of the proteins that the new cells do not have at all.
+
+    Raises
+    ------
+    ValueError
+        A protein is absent and the cells are of a known batch that has measured it.
+    """
+    for k in np.unique(batch_index[batch_index < len(known)]):
+        lacking = [name for name in absent if name not in known[k]]
+        if lacking:
+            where = f"are of the batch {batches[k]!r}, which" if batches else "have no batch, and the reference"
+            advice = "Name their batch" if batches else "Fit the reference with a batch_key, and name one"
+            msg = (
+                f"{(batch_index == k).sum()} cells {where} has measured {len(lacking)} proteins that adata has not: "
+                f"{listing(lacking, 5)}. Their zeros would be taken for measurements. {advice}, batch_name=... or "
+                "batch_key=..., or the entry of obsm with the proteins if it has another name, protein_obsm_key=..."
+            )
+            raise ValueError(msg)
+    new = range(len(known), len(batches))
+    silent = [~(counts[batch_index == k] > 0).any(0) for k in new]
+    missing = (*known, *(tuple(np.array(names)[zero].tolist()) for zero in silent))
+    return tuple(map(tuple, missing)) if any(map(len, missing)) else ()
+
+
 def _measured(given: Mapping[Any, Any], names: Sequence[str], batches: Sequence[str]) -> np.ndarray:
     """The mapping of a user as a mask, (K, P)."""
     if not batches:

@@ -10,8 +10,9 @@ import pandas as pd
 
 from scvi_ext._errors import listing, missing_key, no_cells
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
+from scvi_ext.data.proteins import missing_in_query
 from scvi_ext.data.registry import Registry, codes, column, known_codes, used_categories
-from scvi_ext.data.store import CellStore, check_unique_genes
+from scvi_ext.data.store import CellStore, check_unique_genes, known_proteins
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,8 @@ class Query:
     new_batches: tuple[str, ...]
     new_categories: tuple[str, ...]  # of covariates, as "column=category"
     unknown_labels: tuple[str, ...]
+    missing_proteins: tuple[str, ...]  # not measured in any of its batches
+    unknown_proteins: tuple[str, ...]
 
 
 def read_query(
@@ -43,6 +46,7 @@ def read_query(
     batch_key: str | None,
     batch_name: str | None,
     labels_key: str | None,
+    protein_obsm_key: str | None,
     check: str,
 ) -> Query:
     """Read the cells of ``adata`` for a model of other cells, and check them as ``pp.setup_anndata`` does.
@@ -59,7 +63,7 @@ def read_query(
         Columns of a minibatch that the model reads.
     infers_labels
         Whether the model does without the labels of cells.
-    layer, batch_key, labels_key
+    layer, batch_key, labels_key, protein_obsm_key
         Names in the query where they are others than in the reference.
     batch_name
         Of the one batch that all cells belong to, in place of a column.
@@ -72,7 +76,7 @@ def read_query(
         A gene, layer or column is missing.
     ValueError
         The counts are no raw counts, values are missing, a cell has no counts of these genes, or the arguments
-        contradict each other.
+        contradict each other, or proteins are lacking in a known batch that has measured them.
     """
     if adata.n_obs == 0:
         raise no_cells()
@@ -98,21 +102,28 @@ def read_query(
         labels_key=labels_key,
         unlabeled_category=None if labels_key is None else trained.unlabeled_category,
         size_factor_key=trained.size_factor_key if "size_factor" in needed else None,
-        protein_obsm_key=trained.protein_obsm_key if "protein" in needed else None,
+        protein_obsm_key=_protein_key(adata, trained, protein_obsm_key, "protein" in needed),
         protein_names=trained.protein_names if "protein" in needed else (),
+        missing_proteins=(),
         batch_categories=batches,
         covariate_categories=tuple(covariates.values()),
         audit=None,
     )
     # Read here, where the columns may not be there yet
-    elsewhere = replace(registry, batch_key=None, labels_key=None)
+    elsewhere = replace(registry, batch_key=None, labels_key=None, missing_proteins=(registry.protein_names,))
     clean = report_audits(audit_registered(adata, elsewhere), check, remarks=False)
     store = CellStore.from_adata(adata, elsewhere, var_names=var_names, columns=needed)
     _check_filled(store)
+    present, strange = _panel(adata, registry)
+    if store.protein is not None:
+        known = trained.missing_proteins or ((),) * max(1, len(trained.batch_categories))
+        absent = [name for name in registry.protein_names if name not in present]
+        missing = missing_in_query(store.protein, batch_codes, registry.protein_names, batches, known, absent)
+        registry = replace(registry, missing_proteins=missing)
     registry = replace(registry, audit="clean" if clean else None)
     return Query(
         registry=registry,
-        own=_of_query(registry, adata.obs, batch_name),
+        own=_of_query(registry, adata.obs, batch_name, present),
         store=replace(store, batch_index=batch_codes, labels=labels),
         batch_column=None if batch_name is None else pd.Categorical([batch_name] * adata.n_obs),
         new_batches=batches[len(trained.batch_categories) :],
@@ -122,6 +133,8 @@ def read_query(
             for name in names[len(known) :]
         ),
         unknown_labels=unknown,
+        missing_proteins=_missing_everywhere(registry, batch_codes),
+        unknown_proteins=strange,
     )
 
 
@@ -205,15 +218,49 @@ def _labels(
     return key, known_codes(obs, key, trained.labels_categories), unknown
 
 
-def _of_query(registry: Registry, obs: pd.DataFrame, batch_name: str | None) -> Registry:
-    """What ``pp.setup_anndata`` would have registered."""
+def _protein_key(adata: AnnData, trained: Registry, key: str | None, needed: bool) -> str | None:
+    """Where the query has its proteins, if it has any."""
+    if key is None:
+        return trained.protein_obsm_key if needed else None
+    if not needed:
+        msg = f"protein_obsm_key={key!r} has no effect: the model of the reference reads no proteins."
+        raise ValueError(msg)
+    if key not in adata.obsm:
+        raise missing_key("adata.obsm", key, adata.obsm)
+    return key
+
+
+def _panel(adata: AnnData, registry: Registry) -> tuple[list[str], tuple[str, ...]]:
+    """The proteins of the reference that the query has, and those that the reference does not know."""
+    key, names = registry.protein_obsm_key, registry.protein_names
+    present = known_proteins(adata, key, names)
+    table = adata.obsm[key] if present else None
+    columns = map(str, table.columns) if isinstance(table, pd.DataFrame) else ()
+    return present, tuple(name for name in columns if name not in names)
+
+
+def _missing_everywhere(registry: Registry, batch_codes: np.ndarray) -> tuple[str, ...]:
+    if not registry.missing_proteins:
+        return ()
+    of_batches = [set(registry.missing_proteins[k]) for k in np.unique(batch_codes)]
+    return tuple(name for name in registry.protein_names if all(name in missing for missing in of_batches))
+
+
+def _of_query(registry: Registry, obs: pd.DataFrame, batch_name: str | None, proteins: Sequence[str]) -> Registry:
+    """What ``pp.setup_anndata`` would have registered; ``proteins``: those of the query."""
 
     def used(key: str | None) -> tuple[str, ...]:
         return used_categories(obs, key) if key in obs else ()
 
+    batches = used(registry.batch_key) if batch_name is None else (batch_name,)
+    missing = dict(zip(registry.batch_categories, registry.missing_proteins, strict=False))
+    unmeasured = tuple(tuple(name for name in proteins if name in missing.get(batch, ())) for batch in batches)
     return replace(
         registry,
-        batch_categories=used(registry.batch_key) if batch_name is None else (batch_name,),
+        protein_obsm_key=registry.protein_obsm_key if proteins else None,
+        protein_names=tuple(proteins),
+        missing_proteins=unmeasured if any(unmeasured) else (),
+        batch_categories=batches,
         labels_categories=tuple(name for name in used(registry.labels_key) if name != registry.unlabeled_category),
         covariate_categories=tuple(used(key) for key in registry.categorical_covariate_keys),
     )

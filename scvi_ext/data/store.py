@@ -180,11 +180,39 @@ def protein_matrix(adata: AnnData, key: str, names: Sequence[str] = ()) -> Any:
         if absent:
             msg = f"adata.obsm[{key!r}] lacks {len(absent)} of {len(names)} proteins: {listing(absent, 5)}."
             raise KeyError(msg)
-        return (proteins[list(names)] if names else proteins).to_numpy()
+        return _numbers(proteins[list(names)] if names else proteins, key)
+    if len(proteins.shape) != 2:
+        msg = f"adata.obsm[{key!r}] has shape {proteins.shape}; cells x proteins are needed."
+        raise ValueError(msg)
     if names and proteins.shape[1] != len(names):
         msg = f"adata.obsm[{key!r}] has {proteins.shape[1]} columns; {len(names)} proteins were registered."
         raise ValueError(msg)
     return proteins
+
+
+def _numbers(table: pd.DataFrame, key: str) -> np.ndarray:
+    words = [f"{name} ({dtype})" for name, dtype in table.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
+    if words:
+        msg = (
+            f"adata.obsm[{key!r}] has {len(words)} proteins that are not numbers: {listing(words, 3)}. Convert them: "
+            f"adata.obsm[{key!r}] = adata.obsm[{key!r}].astype('float32')."
+        )
+        raise TypeError(msg)
+    values = table.to_numpy()
+    return (
+        values if values.dtype != object else table.to_numpy(np.float64, na_value=np.nan)
+    )  # of several dtypes, or <NA>
+
+
+def known_proteins(adata: AnnData, key: str, names: Sequence[str]) -> list[str]:
+    """Those of the proteins ``names`` that ``obsm[key]`` has; none where there is no such entry."""
+    if key not in adata.obsm:
+        return []
+    proteins = adata.obsm[key]
+    if not isinstance(proteins, pd.DataFrame):
+        return list(names)
+    present = set(map(str, proteins.columns))
+    return [name for name in names if name in present]
 
 
 @dataclass(frozen=True)
@@ -243,14 +271,14 @@ class CellStore:
                 registry.continuous_covariate_keys,
                 lambda keys: np.column_stack([numeric_column(obs, key) for key in keys]),
             ),
-            "protein": (registry.protein_obsm_key, lambda key: _protein(adata, registry, rows)),
+            "protein": (registry.protein_obsm_key, lambda key: _protein(adata, registry, rows, batch_index)),
         }
-        optional = {name: read(key) if name in columns and key else None for name, (key, read) in readers.items()}
         batch_index = (
             codes(obs, registry.batch_key, registry.batch_categories)
             if registry.batch_key
             else np.zeros(len(obs), dtype=np.int64)
         )
+        optional = {name: read(key) if name in columns and key else None for name, (key, read) in readers.items()}
         matrix = counts_matrix(adata, registry.layer, "the layer that pp.setup_anndata registered")
         counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
         if registry.audit == "clean":
@@ -353,7 +381,17 @@ def _tuples(values: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, values.tolist()))
 
 
-def _protein(adata: AnnData, registry: Registry, rows: np.ndarray | None) -> np.ndarray:
-    proteins = protein_matrix(adata, registry.protein_obsm_key, registry.protein_names)
-    counts = read_all(proteins) if rows is None else read_rows(proteins, rows)
-    return counts.toarray()
+def _protein(adata: AnnData, registry: Registry, rows: np.ndarray | None, batch_index: np.ndarray) -> np.ndarray:
+    """Counts of the registered proteins, (n, P): those that no batch of the cells has measured may be lacking."""
+    key, names = registry.protein_obsm_key, registry.protein_names
+    present = known_proteins(adata, key, names)
+    for batch in np.unique(batch_index) if len(present) < len(names) else ():
+        unmeasured = registry.missing_proteins[batch] if registry.missing_proteins else ()
+        if not {*present, *unmeasured}.issuperset(names):
+            protein_matrix(adata, key, names)  # says what is lacking
+    counts = np.zeros((len(batch_index), len(names)), np.float32)
+    if present:
+        proteins = protein_matrix(adata, key, present)
+        read = read_all(proteins) if rows is None else read_rows(proteins, rows)
+        counts[:, [names.index(name) for name in present]] = read.toarray()
+    return counts

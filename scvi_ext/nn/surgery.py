@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ def widen(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor]) -> tuple[
 
     New categories come after the known ones. New parameters start at the mean of those of the known categories of the
     same covariate, so that a new batch is first decoded like an average one; new entries of buffers, which hold what
-    the data say (the prior of a library in each batch), are those of ``new``.
+    the data say (the prior of a library in each batch), are those of ``new``. So are parts that only the larger module
+    has, such as the critic of batches once they have measured different proteins.
 
     Parameters
     ----------
@@ -44,6 +46,9 @@ def widen(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor]) -> tuple[
     blocks_of = _blocks_of_weights(old, new)
     widened, masks = {}, {}
     for name, built in new.state_dict().items():
+        if name not in state:
+            widened[name] = built.clone()
+            continue
         trained = state[name]
         if trained.shape == built.shape:
             widened[name] = trained.clone()
@@ -60,14 +65,14 @@ def widen(old: nn.Module, new: nn.Module, state: Mapping[str, Tensor]) -> tuple[
 def _blocks_of_weights(old: nn.Module, new: nn.Module) -> dict[str, list[Block]]:
     """How the inputs of each layer that sees covariates are made up: something, then one column for each category.
 
-    A covariate with one category had no column. All other axes that grow are a row for each category.
+    A covariate with one category had no column, and may not have been there at all. All other axes that grow are a row
+    for each category.
     """
-    blocks = {}
+    blocks, known = {}, dict(old.named_modules())
     for name, layers in new.named_modules():
-        if not isinstance(layers, FCLayers):
+        if not isinstance(layers, FCLayers) or name not in known:
             continue
-        before = old.get_submodule(name)
-        sizes = list(zip(before.n_cat_list, layers.n_cat_list, strict=True))
+        sizes = list(zip_longest(known[name].n_cat_list, layers.n_cat_list, fillvalue=0))
         for i, layer in enumerate(layers.layers):
             n_own = layer.linear.in_features - sum(after for _, after in sizes)
             blocks[f"{name}.layers.{i}.linear.weight"] = [

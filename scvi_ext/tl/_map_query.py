@@ -51,6 +51,7 @@ def map_query(
     batch_key: str | None = None,
     batch_name: str | None = None,
     labels_key: str | None = None,
+    protein_obsm_key: str | None = None,
     check: Literal["error", "warn"] = "error",
     freeze: bool = True,
     max_epochs: int | None = None,
@@ -71,7 +72,9 @@ def map_query(
     is trained.
 
     Genes are found by name, in any order, and further ones are ignored; all genes of the reference must be there, see
-    :func:`~scvi_ext.pp.align_query`. Columns of ``obs`` have the names that they have in the reference. The query need
+    :func:`~scvi_ext.pp.align_query`. Proteins are found by name as well, but a new batch may lack some or all of them:
+    those that it lacks, or that are zero in all of its cells, count as not measured there, so that cells with genes
+    alone can be given proteins. Columns of ``obs`` have the names that they have in the reference. The query need
     not be set up: its counts are checked here as :func:`~scvi_ext.pp.setup_anndata` checks them.
 
     Parameters
@@ -95,6 +98,8 @@ def map_query(
     labels_key
         Column of ``obs`` with labels, if its name is not that of the reference. A model that infers labels needs none:
         those that are missing or unknown to it count as unlabelled.
+    protein_obsm_key
+        Entry of ``obsm`` with the proteins, if its name is not that of the reference.
     check
         ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns.
     freeze
@@ -174,6 +179,7 @@ def map_query(
         batch_key=batch_key,
         batch_name=batch_name,
         labels_key=labels_key,
+        protein_obsm_key=protein_obsm_key,
         check=check,
     )
     module, masks = _operate(trained, spec, config, query)
@@ -199,6 +205,7 @@ def map_query(
         f"mapping {query.store.n_cells} cells onto the {trained.model!r} fit {trained.key!r} of "
         f"{len(trained.var_names)} genes{_news(query)}"
     )
+    _log_proteins(query)
     done = None
     if plan is None:
         _say_why_not_trained(query, module, explains_counts)
@@ -295,6 +302,17 @@ def _news(query: Query) -> str:
     """What the query brings that the reference does not know."""
     news = {"batches": query.new_batches, "categories": query.new_categories}
     return "".join(f", {len(names)} new {what}: {listing(names)}" for what, names in news.items() if names)
+
+
+def _log_proteins(query: Query) -> None:
+    missing, names = query.missing_proteins, query.registry.protein_names
+    if missing:
+        logg.info(
+            f"    {len(missing)} of the {len(names)} proteins were not measured in the query: {listing(missing, 5)}. "
+            "tl.get_protein_expression imputes them; name the entry of obsm if they were, protein_obsm_key=..."
+        )
+    if query.unknown_proteins:
+        logg.info(f"    proteins that the reference does not know are left out: {listing(query.unknown_proteins, 5)}")
 
 
 def _say_why_not_trained(query: Query, module: nn.Module, explains_counts: bool) -> None:
