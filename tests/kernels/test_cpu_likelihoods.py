@@ -362,7 +362,7 @@ THREADS = """
     from concurrent.futures import ThreadPoolExecutor
     import numpy as np
     import torch
-    from scvi_ext.functional import fused
+    from scvi_ext.functional import fused, mixture
     from scvi_ext.kernels import cpu
     from scvi_ext.kernels.sparse import SparseRows
 
@@ -370,10 +370,16 @@ THREADS = """
     tensor = lambda *shape: torch.from_numpy(rng.normal(0, 2, shape).astype(np.float32))
     x = SparseRows.from_dense(torch.from_numpy(rng.poisson(1.0, (37, 91)).astype(np.float32)))
     inputs, weight = [tensor(37, 91), tensor(37, 1), tensor(91), tensor(37, 91)], tensor(16, 91)
+    y, measured = torch.from_numpy(rng.poisson(9.0, (37, 23)).astype(np.float32)), tensor(37, 23) > 0
+    of_proteins = [tensor(37, 23), tensor(37, 23).abs(), tensor(23), tensor(37, 23)]
     kept = {}
 
     def compute():
         results = {}
+        leaves = [t.clone().requires_grad_() for t in of_proteins]
+        ll = mixture.log_likelihood(y, measured, *leaves)
+        gradients = torch.autograd.grad(ll.mean(), leaves)
+        results |= {f"mixture{i}": t.detach().numpy() for i, t in enumerate([ll, *gradients])}
         for name in ("zinb", "poisson"):
             leaves = [t.clone().requires_grad_() for t in inputs]
             used = leaves if name == "zinb" else [*leaves[:2], None, None]
@@ -432,6 +438,7 @@ def test_the_number_of_threads_changes_no_result(threads):
         assert torch.equal(alone, calls["call1"][key]), key
         assert torch.equal(calls["call2"][key], calls["call3"][key]), key
         assert_close(calls["call2"][key], alone, **FLOAT32, msg=lambda m, key=key: f"{key}: {m}")
+        assert not key.startswith("mixture") or torch.equal(calls["call2"][key], alone), key
 
 
 def test_two_python_threads_do_not_disturb_each_other(threads):

@@ -63,6 +63,7 @@ def test_taking_rows_keeps_how_they_are_multiplied(multiply_sparse):
     rows = SparseRows(rows.indptr, rows.genes, rows.values, G, multiply_sparse)
     assert rows.rows(torch.tensor([1, 2])).multiply_sparse is multiply_sparse
     assert rows.log1p().multiply_sparse is multiply_sparse
+    assert (rows / torch.ones(B, 1)).multiply_sparse is multiply_sparse
 
 
 def test_log1p_and_sum():
@@ -75,8 +76,20 @@ def test_log1p_and_sum():
 
 
 def test_the_sum_is_over_genes_only():
-    with pytest.raises(ValueError, match=r"dim=0: sparse rows are summed over genes only, dim=-1\."):
-        draw()[1].sum(0)
+    for over_cells in (draw()[1].sum, draw()[1].mean):
+        with pytest.raises(ValueError, match=r"dim=0: sparse rows are summed over genes only, dim=-1\."):
+            over_cells(0)
+
+
+def test_mean_and_quotient():
+    dense, rows = draw()
+    for dim in (-1, 1):
+        assert_close(rows.mean(dim), dense.mean(dim), **FLOAT32)
+        assert_close(rows.mean(dim, keepdim=True), dense.mean(dim, keepdim=True), **FLOAT32)
+    divisors = 1 + dense.mean(-1, keepdim=True)
+    assert torch.equal((rows / divisors).to_dense(), dense / divisors)
+    assert torch.equal(rows.to_dense(), dense)
+    assert (rows / divisors).shape == rows.shape
 
 
 def test_no_rows_at_all():
