@@ -39,6 +39,12 @@ def assert_same_fit(one: ad.AnnData, other: ad.AnnData) -> None:
     )
 
 
+def with_proteins(counts: ad.AnnData) -> ad.AnnData:
+    """The first genes, as if they were proteins too."""
+    counts.obsm["protein"] = counts.X[:, :5].toarray()
+    return counts
+
+
 def differ(one: ad.AnnData, other: ad.AnnData) -> bool:
     a, b = saved(one)["state"], saved(other)["state"]
     shapes = [{name: values.shape for name, values in state.items()} for state in (a, b)]
@@ -203,8 +209,8 @@ def test_history_holds_the_parts_of_the_elbo_per_cell(registered, library):
 
 @pytest.mark.parametrize("model", GENERATIVE)
 def test_training_raises_the_elbo_of_cells_that_were_not_trained_on(counts, model):
-    registered = counts
-    sx.pp.setup_anndata(registered, batch_key="batch", labels_key="cell_type")
+    registered = with_proteins(counts)
+    sx.pp.setup_anndata(registered, batch_key="batch", labels_key="cell_type", protein_obsm_key="protein")
     sx.tl.fit(registered, model, n_hidden=32, max_epochs=60)
     history = sx.get.history(registered)
     # 201 cells with three planted types: the gain is about 20 nats per cell
@@ -346,7 +352,7 @@ OTHER_VALUES = {
     "reconstruction_loss": ["nb", "poisson", "normal", "bernoulli"],
     "latent_distribution": ["ln"],
     "library": ["latent", "size_factor"],
-    "encode_covariates": [True],
+    "encode_covariates": [True, False],
     "deeply_inject_covariates": [False],
     "batch_representation": ["embedding"],
     "use_batch_norm": ["encoder", "decoder", "none"],
@@ -358,6 +364,16 @@ OTHER_VALUES = {
     "y_prior": [{"t0": 0.5, "t1": 0.3, "t2": 0.2}],
     "labels_groups": [{"t0": "a", "t1": "b", "t2": "a"}],
     "classifies": ["z", "z_library"],
+    "n_layers_encoder": [2],
+    "dropout_rate_decoder": [0.0, 0.5],
+    "dropout_rate_encoder": [0.0, 0.5],
+    "gene_dispersion": ["gene-batch", "gene-label"],
+    "protein_dispersion": ["protein-batch", "protein-label"],
+    "reconstruction_loss_gene": ["zinb"],
+    "protein_background": ["learned"],
+    "protein_efficiency": [True],
+    "protein_weight": [2.0],
+    "adversarial_classifier": ["on"],
 }
 
 
@@ -367,12 +383,14 @@ def test_every_option_of_a_model_changes_the_fit_or_is_refused(counts, model):
     if Capability.LABELS in models.get(model).capabilities:
         counts.obs["known"] = counts.obs["cell_type"].astype(str).where(np.arange(counts.n_obs) % 2 == 0, "?")
         labels = {"labels_key": "known", "unlabeled_category": "?"}
-    sx.pp.setup_anndata(counts, batch_key="batch", **labels)
-    options = [field.name for field in fields(models.get(model).config)]
-    quick = {name: value for name, value in QUICK.items() if name in (*options, "max_epochs")}
+    sx.pp.setup_anndata(with_proteins(counts), batch_key="batch", protein_obsm_key="protein", **labels)
+    defaults = {field.name: field.default for field in fields(models.get(model).config)}
+    quick = {name: value for name, value in QUICK.items() if name in (*defaults, "max_epochs")}
     unchanged = sx.tl.fit(counts, model, key_added="scvi", copy=True, **quick)
-    for name in options:
+    for name, default in defaults.items():
         for value in OTHER_VALUES[name]:
+            if value == default:
+                continue
             try:
                 changed = sx.tl.fit(counts, model, key_added="scvi", copy=True, **quick | {name: value})
             except ValueError as error:
