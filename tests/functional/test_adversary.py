@@ -1,0 +1,82 @@
+"""A critic and what it watches each follow their own loss, in one backward pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from _tolerances import FLOAT64
+from torch import nn
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.testing import assert_close
+
+from scvi_ext.functional.adversary import adversarial_loss
+
+B, L = 11, 4
+
+
+def make(n_classes: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A critic, what it sees, and the classes."""
+    torch.manual_seed(n_classes)
+    critic = nn.Sequential(nn.Linear(L, 6), nn.ELU(), nn.Linear(6, n_classes)).double()
+    return critic, torch.randn(B, L, dtype=torch.float64, requires_grad=True), torch.arange(B) % n_classes
+
+
+def fooled(critic: nn.Module, z: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy to the other classes, all alike, written out cell by cell."""
+    total = 0
+    for log_p, own in zip(log_softmax(critic(z), -1), classes.tolist(), strict=True):
+        others = [c for c in range(len(log_p)) if c != own]
+        total = total - sum(log_p[c] for c in others) / len(others)
+    return total / len(classes)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0, torch.tensor(0.4, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+def test_one_sum_of_two_losses_that_do_not_reach_each_other(n_classes, weight):
+    critic, z, classes = make(n_classes)
+    loss = adversarial_loss(critic, z, classes, weight)
+    own, other = cross_entropy(critic(z), classes), fooled(critic, z, classes)
+    assert_close(loss, own + weight * other, **FLOAT64)
+    parameters = list(critic.parameters())
+    d_z, *d_critic = torch.autograd.grad(loss, [z, *parameters])
+    (expected,) = torch.autograd.grad(weight * other, z)
+    assert_close(d_z, expected, **FLOAT64)
+    for found, expected in zip(d_critic, torch.autograd.grad(own, parameters), strict=True):
+        assert_close(found, expected, **FLOAT64)
+
+
+def test_the_best_critic_and_the_best_disguise():
+    """Without knowledge each loses log C; a critic that knows costs nothing, and is the worst for what it watches."""
+
+    class Says(nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = nn.Parameter(logits)
+
+        def forward(self, z):
+            return self.logits
+
+    classes = torch.arange(B) % 3
+    z = torch.zeros(B, L, dtype=torch.float64)
+    blind = Says(torch.zeros(B, 3, dtype=torch.float64))
+    assert_close(adversarial_loss(blind, z, classes, 1.0).item(), 2 * math.log(3), **FLOAT64)
+    sure = Says(30.0 * torch.nn.functional.one_hot(classes, 3).double())
+    assert adversarial_loss(sure, z, classes, 0.0) < 1e-9
+    assert adversarial_loss(sure, z, classes, 1.0) > 25
+
+
+def test_dropout_of_the_critic_may_differ_between_its_two_looks():
+    critic, z, classes = make(3)
+    critic = nn.Sequential(critic, nn.Dropout(0.5)).train()
+    losses = {adversarial_loss(critic, z, classes, 1.0).item() for _ in range(4)}
+    assert len(losses) == 4
+    critic.eval()
+    assert len({adversarial_loss(critic, z, classes, 1.0).item() for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_precision_is_that_of_the_critic(dtype):
+    critic, z, classes = make(3)
+    assert adversarial_loss(critic.to(dtype), z.to(dtype), classes, torch.tensor(0.5)).dtype == dtype
