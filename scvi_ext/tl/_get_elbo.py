@@ -25,7 +25,9 @@ def get_elbo(
 ) -> float | AnnData | None:
     """Evidence lower bound of each cell: log p(x | z, l) - KL(q(z) || p(z)) - KL(q(l) || p(l)). Higher is better.
 
-    It never exceeds the marginal log-likelihood (:func:`~scvi_ext.tl.get_marginal_ll`) on average.
+    It never exceeds the marginal log-likelihood (:func:`~scvi_ext.tl.get_marginal_ll`) on average. For a model
+    with proteins x are genes and the proteins that were measured, and the divergence of their background is taken off
+    too.
 
     Parameters
     ----------

@@ -30,6 +30,9 @@ def get_likelihood_parameters(
 ) -> AnnData | None:
     """Parameters of the count distribution of every cell and gene, averaged over posterior samples of z.
 
+    For what a fit says of proteins, see :func:`~scvi_ext.tl.get_protein_expression`,
+    :func:`~scvi_ext.tl.get_protein_background` and :func:`~scvi_ext.tl.get_protein_foreground`.
+
     Parameters
     ----------
     adata
@@ -57,7 +60,8 @@ def get_likelihood_parameters(
         Probability of a technical zero, cells x genes; for ``reconstruction_loss="zinb"``.
     ``adata.var["<key>_dispersion"]`` or ``adata.layers["<key>_dispersion"]``
         Inverse dispersion theta (variance = mean + mean^2 / theta), one per gene, or cells x genes where the fit's
-        ``dispersion`` is not ``"gene"``; for zinb and nb. For ``"normal"`` it is the standard deviation.
+        ``dispersion`` (``gene_dispersion``) is not ``"gene"``; for zinb and nb. For ``"normal"`` it is the standard
+        deviation.
 
     Raises
     ------

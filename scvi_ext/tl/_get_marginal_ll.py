@@ -31,7 +31,7 @@ def get_marginal_ll(
     """Marginal log-likelihood log p(x) of each cell, by importance sampling from q. Higher is better.
 
     log p(x) is estimated by log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x). The estimate is too low on average, by
-    less the more samples are taken.
+    less the more samples are taken. For a model with proteins x are genes and the proteins that were measured.
 
     Parameters
     ----------

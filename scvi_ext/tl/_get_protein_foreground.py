@@ -45,8 +45,8 @@ def get_protein_foreground(
         Which fit; the last one by default.
     given
         ``"latent"``: of any cell with this z, what the paper calls 1 - pi; imputed from the batches that have measured
-        a protein where the cell's own has not. ``"counts"``: of this cell with its count of the protein, by Bayes'
-        theorem; NaN where there is no count.
+        a protein where the cell's own has not. ``"counts"``: of this very cell with its count of the protein, by Bayes'
+        theorem, which tells single cells better from others like them; NaN where there is no count.
     transform_batch
         Batch to decode in, as if all cells had been measured there, or several, which are averaged. They must have
         measured the proteins. None: each cell's own, or those that have measured a protein. For ``"latent"`` only: a

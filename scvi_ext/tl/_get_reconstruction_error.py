@@ -27,7 +27,8 @@ def get_reconstruction_error(
 ) -> float | AnnData | None:
     """Negative log-likelihood -log p(x | z, l) of each cell at posterior samples. Lower is better.
 
-    Its negative is the log-likelihood term of :func:`~scvi_ext.tl.get_elbo`.
+    Its negative is the log-likelihood term of :func:`~scvi_ext.tl.get_elbo`. For a model with proteins it is that of
+    genes and of the proteins that were measured.
 
     Parameters
     ----------
