@@ -63,8 +63,8 @@ class Config:
     n_latent: int = 20
     n_layers: int = 1
     n_layers_encoder: int | None = None
-    dropout_rate_decoder: float = 0.2
-    dropout_rate_encoder: float = 0.2
+    dropout_rate_decoder: float = 0.0  # the default plan is short: dropout delays more there than it guards
+    dropout_rate_encoder: float = 0.1
     gene_dispersion: Literal["gene", "gene-batch", "gene-label"] = "gene"
     protein_dispersion: Literal["protein", "protein-batch", "protein-label"] = "protein"
     log_variational: bool = True
