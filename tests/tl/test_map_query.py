@@ -65,8 +65,14 @@ def under_the_fit_of(query: ad.AnnData, reference: ad.AnnData) -> ad.AnnData:
 
 @pytest.mark.parametrize(("model", "options"), CASES, ids=str)
 def test_cells_of_the_reference_are_as_before(counts, model, options):
+    spec = models.get(model)
+    proteins = {}
+    if "protein" in spec.needs(spec.config(**options)):
+        counts.obsm["protein"] = np.random.default_rng(0).poisson(5.0, (counts.n_obs, 4))
+        proteins = {"protein_obsm_key": "protein"}
     reference, query = split(
         counts,
+        **proteins,
         labels_key="cell_type",
         categorical_covariate_keys=["sex"],
         continuous_covariate_keys=["age"],
