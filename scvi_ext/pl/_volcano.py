@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from scvi_ext import get
 from scvi_ext._errors import listing, whole_number
@@ -27,6 +28,8 @@ def volcano(
 ) -> Axes | None:
     """Draw the probability of a change against the log2 fold change of every gene, called ones in colour.
 
+    Proteins are triangles; ``key="<key>_de_protein"`` draws them alone. What was not measured is left out.
+
     Parameters
     ----------
     adata
@@ -36,7 +39,7 @@ def volcano(
     key
         Slot of ``adata.uns``; by default what :func:`~scvi_ext.tl.differential_expression` wrote for the last fit.
     n_names
-        Called genes to name on either side, those with the largest fold changes.
+        Called genes and proteins to name on either side, those with the largest fold changes.
     ax
         Axes to draw into.
     show
@@ -70,15 +73,23 @@ def volcano(
     if len(groups) > 1:
         msg = f"There are {len(groups)} groups, and a volcano shows one: group=... of {listing(groups)}."
         raise ValueError(msg)
+    reference, delta = table["reference"].iloc[0], table["delta"].iloc[0]
+    table = table[table["reason"] != "not measured"]
+    kinds = table["feature_type"] if "feature_type" in table else np.full(len(table), "gene")
+    is_protein = np.asarray(kinds == "protein")
+    if not is_protein.all():  # a protein may have the name of a gene
+        table = table.assign(gene=table["gene"] + np.where(is_protein, " (protein)", ""))
     figure = plt.subplots(figsize=(5, 4.2), layout="constrained")[0] if ax is None else ax.figure
     ax = figure.axes[0] if ax is None else ax
     probability, change, called = table["proba_de"], table["lfc_mean"], table["is_de"].to_numpy(bool)
-    for chosen, colour in (
-        (~called, "0.75"),
-        (called & (change > 0), "tab:red"),
-        (called & (change <= 0), "tab:blue"),
-    ):
-        ax.scatter(change[chosen], probability[chosen], s=8, color=colour, linewidths=0, rasterized=True)
+    for drawn, marker, size in ((~is_protein, "o", 8), (is_protein, "^", 24)):
+        for chosen, colour in (
+            (~called, "0.75"),
+            (called & (change > 0), "tab:red"),
+            (called & (change <= 0), "tab:blue"),
+        ):
+            x, y = change[drawn & chosen], probability[drawn & chosen]
+            ax.scatter(x, y, s=size, marker=marker, color=colour, linewidths=0, rasterized=True)
     ends = table[called].sort_values("lfc_mean")
     for named, x, align in (
         (ends[ends["lfc_mean"] <= 0], 0.02, "left"),
@@ -97,10 +108,9 @@ def volcano(
                 arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "0.6", "shrinkA": 0, "shrinkB": 2},
             )
     ax.margins(x=0.35)
-    delta = table["delta"].iloc[0]
     for border in {-delta, delta}:
         ax.axvline(border, color="0.6", linewidth=0.6, linestyle="--")
     ax.set(xlabel="log2 fold change (posterior mean)", ylabel="posterior probability of a change")
-    ax.set_title(f"{groups[0]} against {table['reference'].iloc[0]}", fontsize=10)
+    ax.set_title(f"{groups[0]} against {reference}", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     return None if finish(figure, show, save) else ax

@@ -28,6 +28,7 @@ def differential_expression(
     hypothesis: Literal["three", "two"] = "three",
     delta: float | None = 0.25,
     pseudocount: float | None = None,
+    protein_pseudocount: float | None = None,
     batch_correction: bool = False,
     transform_batch: Any = None,
     weights: Literal["importance"] | None = None,
@@ -43,10 +44,15 @@ def differential_expression(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Genes whose normalised expression differs between groups of cells, with posterior probabilities.
+    """Genes, and proteins if there are any, that differ between groups of cells, with posterior probabilities.
 
     Reads the fit, its counts and ``adata.obs[groupby]``. Cells are drawn first and only those are decoded: one pool of
     ``n_samples`` profiles serves all groups, and every pair of a profile of one side with one of the other counts.
+
+    Of genes, normalised expression is compared; of proteins, the mean count that is foreground. Only batches that have
+    measured a protein say anything of it: where each cell is decoded in its own batch, cells of the others are left out
+    (the table says how many remain); where cells are decoded in given batches, those that have measured it are taken
+    and impute it in the other cells.
 
     Parameters
     ----------
@@ -70,11 +76,14 @@ def differential_expression(
         ``"three"``: up, down, or neither; the probability of change is the larger one of up and down. ``"two"``:
         changed or not; it is their sum.
     delta
-        Smallest log2 fold change that counts; None learns it from the fold changes of all genes.
+        Smallest log2 fold change that counts; None learns it from the fold changes of all genes (for proteins too).
     pseudocount
         Added to scales (which sum to 1, unless the fit has a size factor) before the logarithm. None takes what the
         decoder gives to genes that are hardly found (mean count below 0.01) in the cells of a side, of 100 or more, so
         that noise about nothing is no change.
+    protein_pseudocount
+        The same of proteins, in counts. None takes the mean background of each protein, on the side where there is more
+        of it: what is small beside the background can hardly be told from it. (scvi-tools adds 0.1.)
     batch_correction
         Decode every drawn cell as if it came from each of all batches in turn. Pairs are made within a batch.
     transform_batch
@@ -88,9 +97,9 @@ def differential_expression(
     credible_interval
         Probability inside ``lfc_low`` to ``lfc_high``.
     fdr_target
-        Expected share of false discoveries among genes that are called.
+        Expected share of false discoveries among genes that are called, and among proteins that are.
     min_fraction
-        Genes that are found in a smaller share of the cells, on both sides, are not called.
+        Genes and proteins that are found in a smaller share of the cells, on both sides, are not called.
     min_cells
         Smaller groups are left out by ``groups="all"``; they remain part of the rest. (Some of scanpy's pictures need a
         result for every group that cells have.)
@@ -114,7 +123,11 @@ def differential_expression(
     ``adata.uns["<key>_de"]``
         In the layout of :func:`scanpy.tl.rank_genes_groups`, genes that go up first: ``names``, ``scores`` (log Bayes
         factor of going up), ``logfoldchanges`` (mean, log2), ``pvals`` (1 - probability of change: not p-values),
-        ``pvals_adj`` (expected false discovery rate), ``params``. And ``table``, for :func:`scvi_ext.get.de_df`.
+        ``pvals_adj`` (expected false discovery rate), ``params``. And ``table``, for :func:`scvi_ext.get.de_df`: with
+        rows for genes and proteins.
+    ``adata.uns["<key>_de_protein"]``
+        The same of the proteins alone, where the model has any: their names may be names of genes, which scanpy would
+        draw in their place. With ``key_added``, ``"<key_added>_protein"``.
 
     Raises
     ------
@@ -137,7 +150,8 @@ def differential_expression(
     References
     ----------
     Lopez et al. (2018), Nature Methods 15, 1053 (vanilla); Boyeau et al. (2019), bioRxiv 794289, and Boyeau et al.
-    (2023), PNAS 120, e2209124120 (change, importance weights, expected false discoveries).
+    (2023), PNAS 120, e2209124120 (change, importance weights, expected false discoveries); Gayoso et al. (2021), Nature
+    Methods 18, 272 (proteins).
     """
     options = Options.checked(
         seed,
@@ -145,6 +159,7 @@ def differential_expression(
         hypothesis=hypothesis,
         delta=delta,
         pseudocount=pseudocount,
+        protein_pseudocount=protein_pseudocount,
         credible_interval=credible_interval,
         fdr_target=fdr_target,
         min_fraction=min_fraction,

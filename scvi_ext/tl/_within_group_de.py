@@ -27,6 +27,7 @@ def within_group_de(
     hypothesis: Literal["three", "two"] = "three",
     delta: float | None = 0.25,
     pseudocount: float | None = None,
+    protein_pseudocount: float | None = None,
     batch_correction: bool = False,
     transform_batch: Any = None,
     weights: Literal["importance"] | None = None,
@@ -42,7 +43,7 @@ def within_group_de(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Genes whose expression differs between two conditions, in every group of cells by itself.
+    """Genes, and proteins if there are any, that differ between two conditions, in every group of cells by itself.
 
     As :func:`~scvi_ext.tl.differential_expression`, with one comparison for each group: its cells in one condition
     against its cells in the other. One pool of draws serves all groups.
@@ -60,9 +61,9 @@ def within_group_de(
         the reference by default.
     key
         Which fit; the last one by default.
-    mode, hypothesis, delta, pseudocount, batch_correction, transform_batch, weights, n_samples, credible_interval
+    mode, hypothesis, delta, pseudocount, protein_pseudocount, batch_correction, transform_batch, weights, n_samples
         See :func:`~scvi_ext.tl.differential_expression`.
-    fdr_target, min_fraction
+    credible_interval, fdr_target, min_fraction
         The same.
     min_cells
         Groups with fewer cells than this in one of the conditions are left out.
@@ -79,6 +80,8 @@ def within_group_de(
 
     ``adata.uns["<key>_within_group_de"]``
         As :func:`~scvi_ext.tl.differential_expression` does, by the names of the groups.
+    ``adata.uns["<key>_within_group_de_protein"]``
+        The same of proteins.
 
     Raises
     ------
@@ -107,6 +110,7 @@ def within_group_de(
         hypothesis=hypothesis,
         delta=delta,
         pseudocount=pseudocount,
+        protein_pseudocount=protein_pseudocount,
         credible_interval=credible_interval,
         fdr_target=fdr_target,
         min_fraction=min_fraction,
