@@ -515,5 +515,5 @@ SPEC = ModelSpec(
     reference="Gayoso et al. (2021), Joint probabilistic modeling of single-cell multi-omic data with totalVI, "
     "Nature Methods.",
     peak_lr=3e-2,
-    effort=10.0,
+    effort=13.0,
 )
