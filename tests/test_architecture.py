@@ -244,6 +244,12 @@ def test_importing_the_package_imports_no_heavy_library():
     assert not imported & {"torch", "scanpy", "numba", "anndata", "matplotlib", "sklearn", "pandas", "scipy", "h5py"}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_mudata_is_needed_for_types_only(module):
+    """Who has a MuData has the library; nobody else needs it."""
+    assert "mudata" not in {name.partition(".")[0] for name in imports(module, types=False)}
+
+
 def test_names_of_the_root_are_found_when_asked_for():
     assert set(sx.__all__) <= set(dir(sx))
     for name in sx.__all__:

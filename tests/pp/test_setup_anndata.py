@@ -409,6 +409,98 @@ def test_bad_proteins_are_named(adata, value, message):
     refused(adata, ValueError, match, protein_obsm_key="protein")
 
 
+def clr(proteins: pd.DataFrame) -> pd.DataFrame:
+    return np.log1p(proteins.div(np.exp(np.log1p(proteins).mean(axis=1)), axis=0))
+
+
+@pytest.mark.parametrize("kind", [None, np.asarray, sp.csr_matrix, sp.csc_matrix, sp.csr_array])
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (clr, r"in 4 of 4 proteins: {0}, .*log-transformed or normalised \(log1p, CLR\)"),
+        (np.log1p, r"in 4 of 4 proteins: {0}, .*\(log1p, CLR\): pass the raw counts\."),
+        (lambda p: p - p.mean(), r"are negative, in 4 of 4 proteins: {0}, .*Centred, scaled .*\(CLR, DSB\)"),
+        (lambda p: np.rint(p.div(p.sum(axis=1), axis=0) * 1e6), "The sums over proteins of 60 cells hardly vary"),
+    ],
+)
+def test_normalised_proteins_are_refused_however_they_are_stored(adata, transform, message, kind):
+    table = transform(adata.obsm["protein"])
+    adata.obsm["protein"] = table if kind is None else kind(table.to_numpy())
+    names = [f"CD{i}" if kind is None else f"protein_{i}" for i in range(3)]
+    listed = f"{', '.join(map(repr, names))} and 1 more"
+    refused(adata, ValueError, message.format(listed), protein_obsm_key="protein")
+
+
+def test_nan_of_a_batch_that_has_not_measured_a_protein(adata):
+    table = adata.obsm["protein"].astype(float)
+    of_d1 = (adata.obs["donor"] == "d1").to_numpy()
+    table.loc[of_d1, ["CD1", "CD2"]] = np.nan
+    adata.obsm["protein"] = table
+    n = of_d1.sum()
+    message = (
+        rf"{2 * n} entries in {n} of 60 cells are missing \(NaN\) \(cells: {n} of {n} in 'd1'\), in 2 of 4 proteins: "
+        r"'CD1', 'CD2', first cell .*also where a batch has not measured a protein \(protein_batch_mask='auto' finds"
+    )
+    refused(adata, ValueError, message, protein_obsm_key="protein", batch_key="donor")
+    adata.obsm["protein"] = table.fillna(0)
+    setup_anndata(adata, protein_obsm_key="protein", batch_key="donor")
+    measured = dict(zip(read_setup(adata).batch_categories, read_setup(adata).missing_proteins, strict=True))
+    assert measured == {"d2": (), "d1": ("CD1", "CD2")}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float16", "float32", "Int64", "Float64", pd.SparseDtype(int)])
+def test_proteins_of_any_number_pass(adata, dtype):
+    adata.obsm["protein"] = adata.obsm["protein"].astype(dtype)
+    setup_anndata(adata, protein_obsm_key="protein")
+    proteins = CellStore.from_adata(adata, read_setup(adata), columns=frozenset({"protein"})).protein
+    assert proteins.dtype == np.float32
+    np.testing.assert_array_equal(proteins, adata.obsm["protein"].to_numpy(np.float32))
+
+
+def test_proteins_of_several_types(adata):
+    adata.obsm["protein"]["CD1"] = adata.obsm["protein"]["CD1"].astype("Int64")
+    adata.obsm["protein"]["CD2"] = adata.obsm["protein"]["CD2"] > 20
+    setup_anndata(adata, protein_obsm_key="protein")
+    adata.obsm["protein"].loc["c3", "CD1"] = pd.NA
+    refused_match = r"1 entries in 1 of 60 cells are missing \(NaN\), in 1 of 4 proteins: 'CD1', first cell 'c3'"
+    with pytest.raises(ValueError, match=refused_match):
+        setup_anndata(adata, protein_obsm_key="protein")
+
+
+@pytest.mark.parametrize("dtype", [str, object, "category"])
+def test_proteins_that_are_words(adata, dtype):
+    adata.obsm["protein"]["CD2"] = adata.obsm["protein"]["CD2"].astype(dtype)
+    message = r"adata\.obsm\['protein'\] has 1 proteins that are not numbers: 'CD2 \((object|str|category)\)'.*astype"
+    refused(adata, TypeError, message, protein_obsm_key="protein")
+
+
+def test_proteins_of_three_dimensions(adata):
+    adata.obsm["protein"] = np.ones((N, 2, 2))
+    refused(adata, ValueError, r"has shape \(60, 2, 2\); cells x proteins are needed", protein_obsm_key="protein")
+
+
+def test_names_of_proteins(adata):
+    adata.obsm["protein"].columns = range(P)
+    setup_anndata(adata, protein_obsm_key="protein")
+    assert read_setup(adata).protein_names == ("0", "1", "2", "3")
+    adata.obsm["protein"].columns = ["g0", "g1", "IgG1 control", "CD4/8"]  # like genes, isotype controls
+    setup_anndata(adata, protein_obsm_key="protein")
+    assert read_setup(adata).protein_names == ("g0", "g1", "IgG1 control", "CD4/8")
+    adata.obsm["protein"].columns = [1, "1", "a", "b"]
+    refused_match = r"The proteins in adata\.obsm\['protein'\] have names more than once: '1'"
+    with pytest.raises(ValueError, match=refused_match):
+        setup_anndata(adata, protein_obsm_key="protein")
+
+
+def test_proteins_that_are_rare(adata):
+    """A few counts in all are counts: their sums are nearly all one, and no sign of scaling."""
+    adata.obsm["protein"] = pd.DataFrame({"CD1": np.arange(N) % 2, "CD2": np.arange(N) == 7}, index=adata.obs_names)
+    setup_anndata(adata, protein_obsm_key="protein")
+    adata.obsm["protein"]["CD3"] = 0
+    with pytest.warns(ScviExtWarning, match=r"1 of 3 proteins are zero in all cells: 'CD3'\. A model learns nothing"):
+        setup_anndata(adata, protein_obsm_key="protein")
+
+
 def test_duplicate_genes(adata):
     adata.var_names = ["g1", "g1", *adata.var_names[2:]]
     refused(adata, ValueError, r"1 names more than once: 'g1'.*adata\.var_names_make_unique\(\)")
