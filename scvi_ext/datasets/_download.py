@@ -35,7 +35,7 @@ def download(url: str, file_name: str, sha256: str) -> Path:
         return folder / shelf.fetch(file_name, downloader=pooch.HTTPDownloader(progressbar=True))
     except OSError as error:  # those of requests among them
         msg = (
-            f"{file_name!r} is not in {str(folder)!r} and cannot be downloaded ({type(error).__name__}). Download {url} "
-            f"elsewhere, and put it there under this name, or into another folder: sc.settings.datasetdir = ..."
+            f"{file_name!r} is not in {str(folder)!r} and cannot be downloaded ({type(error).__name__}). Download "
+            f"{url} elsewhere, and put it there under this name, or into another folder: sc.settings.datasetdir = ..."
         )
         raise OSError(msg) from error
