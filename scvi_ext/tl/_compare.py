@@ -189,6 +189,12 @@ def carry_out(
         results.write_uns(adata, of_proteins(slot), ranked)
         added += f"\n    {of_proteins(slot)!r}, the same of proteins (adata.uns)"
         called += f"proteins called: {_called(by_protein, groups)}\n"
+        unknown = np.array(proteins)[(by_protein["reason"] == _NOT_MEASURED).any(0)]
+        if len(unknown):
+            called += (
+                f"{len(unknown)} proteins were not measured where some groups are decoded: {listing(unknown, 5)}. "
+                "batch_correction=True or transform_batch imputes them\n"
+            )
     results.write_uns(adata, slot, {"params": of_genes, **_ranked(by_gene, genes, groups), "table": table})
     chance = max(float(np.nanmax(c["proba_mcse"], initial=0)) for c in (by_gene, by_protein) if c is not None)
     logg.info(
@@ -371,6 +377,7 @@ def _of_protein_counts(
 
 
 _REASONS = ["", "unexpressed", "below min_fraction", "not measured"]  # for not even judging a gene or protein
+_NOT_MEASURED = _REASONS.index("not measured")
 _OBSERVED = ("raw_mean", "raw_normalized_mean", "fraction")
 
 
@@ -470,7 +477,7 @@ def _decided(described: np.ndarray, found_in: np.ndarray, options: Options) -> d
         variance = of["up_variance"] + of["down_variance"]
     probability = _probability(of["up"], of["down"], options)
     unknown = [np.isnan(probability), found_in == 0, found_in < options.min_fraction]
-    reason = np.select(unknown, [3, 1, 2], 0)  # positions in _REASONS
+    reason = np.select(unknown, [_NOT_MEASURED, 1, 2], 0)  # positions in _REASONS
     fdr = np.ones_like(probability)
     for c, judged in enumerate(reason == 0):
         fdr[c, judged] = expected_fdr(probability[c, judged])

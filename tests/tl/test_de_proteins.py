@@ -221,7 +221,7 @@ def test_decoded_in_given_batches_those_that_have_measured_a_protein_impute_it(a
 
 
 @pytest.mark.parametrize(("by", "options"), [("unseen", {}), ("type", {"transform_batch": "1"})], ids=str)
-def test_what_was_not_measured_is_not_judged(adata, by, options):
+def test_what_was_not_measured_is_not_judged(adata, by, options, logged):
     """In no cell of a side, in hardly any, or in none of the batches to decode in."""
     adata.obs["unseen"] = np.where(adata.obs["batch"] == "1", "no panel", "panel")
     adata.obs.iloc[np.flatnonzero(adata.obs["batch"] == "0")[0], adata.obs.columns.get_loc("unseen")] = "no panel"
@@ -233,6 +233,7 @@ def test_what_was_not_measured_is_not_judged(adata, by, options):
     assert (table[unknown]["fdr"] == 1).all()
     assert table[~unknown].notna().all(axis=None)
     sx.tl.differential_expression(adata, by, n_samples=N_SAMPLES, **options)
+    assert "2 proteins were not measured where some groups are decoded: 'CD4', 'CD8'" in logged()
     group = str(table["group"].iloc[0])
     ranked = sc.get.rank_genes_groups_df(adata, group=group, key="totalvi_de_protein")
     assert set(ranked["names"][-2:]) == {"CD4", "CD8"}
