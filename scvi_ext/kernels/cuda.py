@@ -44,6 +44,9 @@ _LOWEST = tl.constexpr(-87.0)  # exp of it is about the smallest normal float32
 # Bounds of log theta: beyond them theta is 0 or infinite for every count, and products below would leave float32.
 _LOG_THETA_MIN, _LOG_THETA_MAX = tl.constexpr(-30.0), tl.constexpr(30.0)
 
+# Bound of the log mean of a protein, whose square must be in float32 too: 2e17, and no count is ever above 1e6.
+_LOG_MEAN_MAX = tl.constexpr(40.0)
+
 # Genes that a program holds at once and genes per thread: at 4 per thread everything stays in registers, and 2048
 # genes are 16 warps, of which an SM holds at least two programs.
 _MAX_BLOCK, _GENES_PER_WARP = 2048, 128
@@ -405,7 +408,134 @@ def log_likelihood(
     return ll, d_logits, d_library, d_theta, d_dropout
 
 
-LIKELIHOODS: dict[str, Callable] = {"zinb": log_likelihood, "nb": log_likelihood, "poisson": log_likelihood}
+# ---- proteins: background or foreground ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _nb_mixture_kernel(
+    y,
+    measured,
+    log_background,
+    log_ratio,
+    log_theta,
+    mixing,
+    ll,
+    d_background,
+    d_ratio,
+    d_theta,
+    d_mixing,
+    y_stride,
+    measured_stride,
+    background_stride,
+    ratio_stride,
+    theta_stride,
+    mixing_stride,
+    n_proteins,
+    weight,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK)
+    total = 0.0
+    for start in range(0, n_proteins, BLOCK):
+        proteins = start + block
+        inside = proteins < n_proteins
+        counted = tl.load(measured + row * measured_stride + proteins, mask=inside, other=0) != 0
+        # What was not measured is not read: whatever stands there, none of it shows.
+        count = tl.load(y + row * y_stride + proteins, mask=counted, other=0.0)
+        l_background = tl.load(log_background + row * background_stride + proteins, mask=counted, other=0.0)
+        l_ratio = tl.load(log_ratio + row * ratio_stride + proteins, mask=counted, other=0.0)
+        l_theta = tl.load(log_theta + row * theta_stride + proteins, mask=counted, other=0.0)
+        logit = tl.load(mixing + row * mixing_stride + proteins, mask=counted, other=0.0)
+        nothing = 0.0 * (count + l_background + l_ratio + l_theta + logit)  # NaN for what is not finite
+        nothing += tl.where(count < 0, float("nan"), 0.0)
+
+        l_theta = tl.minimum(tl.maximum(l_theta, _LOG_THETA_MIN), _LOG_THETA_MAX)
+        theta = tl.exp(l_theta)
+        back = tl.exp(tl.minimum(l_background, _LOG_MEAN_MAX))
+        fore = tl.exp(tl.minimum(l_background + l_ratio, _LOG_MEAN_MAX))
+        # The factor has no mean in it, so that it is the same for both.
+        ll_back, factor, _, d_back, d_theta_back = _negative_binomial(count, back, theta, l_theta)
+        ll_fore, factor, _, d_fore, d_theta_fore = _negative_binomial(count, fore, theta, l_theta)
+        u = ll_back - ll_fore + logit  # log odds of background, given the count
+        e_u, e_p = tl.exp(-tl.abs(u)), tl.exp(-tl.abs(logit))
+        w_u, w_p = 1.0 + e_u, 1.0 + e_p
+        i = 1.0 / (w_u * w_p)
+        i_u, i_p = w_p * i, w_u * i
+        is_back, is_fore = tl.where(u > 0, 1.0, e_u) * i_u, tl.where(u > 0, e_u, 1.0) * i_u
+        log_p = tl.maximum(ll_back, ll_fore - logit) - tl.maximum(-logit, 0.0) + tl.log(factor * w_u * i_p)
+        total += tl.sum(tl.where(counted, log_p + nothing, 0.0), 0)
+
+        d_fore *= is_fore
+        made = row * n_proteins + proteins
+        tl.store(d_background + made, tl.where(counted, weight * (is_back * d_back + d_fore), 0.0), mask=inside)
+        tl.store(d_ratio + made, tl.where(counted, weight * d_fore, 0.0), mask=inside)
+        d_theta_both = is_back * d_theta_back + is_fore * d_theta_fore
+        tl.store(d_theta + made, tl.where(counted, weight * d_theta_both, 0.0), mask=inside)
+        d_logit = is_back - tl.where(logit > 0, 1.0, e_p) * i_p
+        tl.store(d_mixing + made, tl.where(counted, weight * d_logit, 0.0), mask=inside)
+    tl.store(ll + row, total)
+
+
+def nb_mixture(
+    y: Tensor,
+    measured: Tensor,
+    log_background: Tensor,
+    log_ratio: Tensor,
+    log_theta: Tensor,
+    mixing: Tensor,
+    weight: float,
+    gradients: bool = True,
+) -> tuple[Tensor, ...]:
+    """Log-probability of each row under a mixture of background and foreground: one kernel, which a graph can capture.
+
+    Parameters
+    ----------
+    y, measured
+        Counts, float32, and which of them count, bool: (n, P).
+    log_background, log_ratio
+        Log mean of the background, and log of the foreground's over it, (n, P).
+    log_theta
+        Log inverse dispersion of both, (P,) or (n, P).
+    mixing
+        Logit of being background, (n, P).
+    weight
+        Factor of the gradients, not of the log-probability.
+    gradients
+        Whether they are wanted. They are made in any case.
+
+    Returns
+    -------
+    The log-probability summed over the measured proteins, shape (n,), NaN for a row with an input that is not finite;
+    and ``weight`` times its gradients by the four last tensors, (n, P) each, zero where nothing was measured.
+    """
+    n, n_proteins = mixing.shape
+    inputs = (y, measured.view(torch.uint8), log_background, log_ratio, log_theta, mixing)
+    assert all(n_proteins == 1 or t.stride(-1) == 1 for t in inputs)
+    ll = torch.empty(n, device=y.device)
+    made = torch.empty(4, n, n_proteins, device=y.device)
+    block = min(triton.next_power_of_2(n_proteins), _MAX_BLOCK // 4)  # two distributions are held at once
+    with torch.cuda.device_of(y):
+        _nb_mixture_kernel[(n,)](
+            *inputs,
+            ll,
+            *made,
+            *(t.stride(0) if t.ndim == 2 else 0 for t in inputs),
+            n_proteins,
+            weight,
+            BLOCK=block,
+            num_warps=max(1, block // (_GENES_PER_WARP // 2)),
+            enable_fp_fusion=True,
+        )
+    return ll, *made
+
+
+LIKELIHOODS: dict[str, Callable] = {
+    "zinb": log_likelihood,
+    "nb": log_likelihood,
+    "poisson": log_likelihood,
+    "nb mixture": nb_mixture,
+}
 
 
 # ---- gathering ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import _mixture
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -233,6 +234,144 @@ def test_a_graph_captures_it(cuda):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = cuda.log_likelihood(*inputs, 1.0)
+    graph.replay()
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+
+
+# ---- proteins ------------------------------------------------------------------------------------------------------
+
+
+def run_mixture(cuda, counts: tuple, parameters: dict, weight: float = 1.0) -> dict:
+    """All that the kernel makes, of rows; theta may be shared."""
+    inputs = [t.to(DEVICE) for t in (*counts, *parameters.values())]
+    made = (t.cpu() for t in cuda.nb_mixture(*inputs, weight))
+    return dict(zip(("log_p", *_mixture.NAMES), made, strict=True))
+
+
+def mixture_oracle(counts: tuple, parameters: dict) -> dict:
+    """The formula in float64; log_theta is taken per row."""
+    expanded = parameters | {"log_theta": parameters["log_theta"].expand_as(parameters["mixing"])}
+    return _mixture.by_formula(counts, expanded)
+
+
+@pytest.mark.parametrize("theta", ["protein", "cell"])
+@pytest.mark.parametrize(("n_cells", "n_proteins"), [(1, 1), (5, 33), (3, 300)])
+def test_a_mixture_is_the_formula(cuda, n_cells, n_proteins, theta):
+    counts, parameters = _mixture.draw(n_cells, n_proteins, theta)
+    found, expected = run_mixture(cuda, counts, parameters), mixture_oracle(counts, parameters)
+    for key, e in expected.items():
+        assert (found[key].dtype, found[key].shape) == (FLOAT32, e.shape), key
+        atol = OF_LARGEST * max(1.0, float(e.abs().max()))
+        torch.testing.assert_close(found[key].double(), e, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+    quarter = run_mixture(cuda, counts, parameters, -0.25)
+    assert torch.equal(quarter["log_p"], found["log_p"])
+    for key in _mixture.NAMES:
+        assert torch.equal(quarter[key], -0.25 * found[key]), key
+
+
+def test_there_may_be_more_proteins_than_fit_in_a_block(cuda, monkeypatch):
+    counts, parameters = _mixture.draw(3, 300)
+    expected = run_mixture(cuda, counts, parameters)
+    monkeypatch.setattr(cuda, "_MAX_BLOCK", 256)  # a quarter of it holds proteins
+    for key, found in run_mixture(cuda, counts, parameters).items():
+        torch.testing.assert_close(found, expected[key], rtol=1e-6, atol=1e-6)
+
+
+def test_counts_means_and_mixing_of_proteins_may_be_extreme(cuda):
+    """Each gradient within its own rounding, and within that of the odds of background, which weigh both components."""
+    (y, measured), parameters = _mixture.grid()
+    wide = {key: t.reshape(-1, 150) for key, t in parameters.items()}  # few cells: the interpreter takes its time
+    found = run_mixture(cuda, (y.reshape(-1, 150), measured.reshape(-1, 150)), wide)
+    expected = mixture_oracle((y, measured), parameters)
+
+    def component(log_mean: torch.Tensor) -> dict:
+        alone = parameters | {"log_background": log_mean, "log_ratio": torch.zeros_like(log_mean)}
+        return {key: t.reshape(-1) for key, t in mixture_oracle((y, measured), alone).items()}
+
+    log_fore = parameters["log_background"] + parameters["log_ratio"]
+    back, fore = component(parameters["log_background"]), component(log_fore)
+    # What log-probabilities are known to, and so the odds; a weight between 0 and 1 changes by a quarter of that.
+    known = sum(
+        PER_UNIT * (1 + c["log_p"].abs()) + ARGUMENT * (c["log_background"].abs() + c["log_theta"].abs())
+        for c in (back, fore)
+    )
+    shift = known.clamp(max=1.0) / 4
+    mean, theta = (torch.exp(t.double()).reshape(-1) for t in (log_fore, parameters["log_theta"]))
+    rounded = ARGUMENT * (y.reshape(-1) + mean) / (1 + mean / theta)  # of the terms of a derivative by a log mean
+    apart = {key: (fore[key] - back[key]).abs() for key in ("log_background", "log_theta")}
+    allowed = {
+        "log_background": rounded + shift * apart["log_background"],
+        "log_ratio": rounded + shift * fore["log_background"].abs(),
+        "log_theta": rounded + shift * apart["log_theta"],
+        "mixing": shift,
+    }
+    for key, tolerance in allowed.items():
+        f, e = found[key].reshape(-1).double(), expected[key].reshape(-1)
+        assert f.isfinite().all(), key
+        excess = (f - e).abs() / (tolerance + PER_UNIT * (1 + e.abs()))
+        worst = int(excess.argmax())
+        at = {k: float(v[worst]) for k, v in {"y": y, **parameters}.items()}
+        assert excess[worst] <= 1, (key, float(f[worst]), float(e[worst]), float(excess[worst]), at)
+
+    some = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:60]
+    few = run_mixture(cuda, (y[some], measured[some]), {key: t[some] for key, t in parameters.items()})
+    assert ((few["log_p"].double() - expected["log_p"][some]).abs() <= known[some]).all()
+
+
+def test_unmeasured_proteins_are_not_read(cuda):
+    (y, measured), parameters = _mixture.draw(theta="cell")
+    expected = run_mixture(cuda, (y, measured), parameters)
+    poisoned = {key: torch.where(measured, t, torch.nan) for key, t in parameters.items()}
+    found = run_mixture(cuda, (torch.where(measured, y, -1.0), measured), poisoned)
+    for key, e in expected.items():
+        assert torch.equal(found[key], e), key
+    assert all((expected[key][~measured] == 0).all() for key in _mixture.NAMES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["y", *_mixture.NAMES])
+def test_what_is_not_finite_of_a_protein_is_nan_in_its_row(cuda, key, value):
+    (y, measured), parameters = _mixture.draw(theta="cell")
+    measured[1, -1] = True
+    {"y": y, **parameters}[key][1, -1] = value
+    assert run_mixture(cuda, (y, measured), parameters)["log_p"].isnan().tolist() == [i == 1 for i in range(5)]
+
+
+def test_a_negative_count_of_a_protein_is_nan_in_its_row(cuda):
+    (y, measured), parameters = _mixture.draw()
+    y[1, -1], measured[1, -1] = -1.0, True
+    assert run_mixture(cuda, (y, measured), parameters)["log_p"].isnan().tolist() == [i == 1 for i in range(5)]
+
+
+def test_finite_parameters_of_proteins_give_finite_numbers(cuda):
+    counts, parameters = _mixture.draw(theta="cell")
+    for key in parameters:
+        for value in (-1e3, 1e3):
+            extreme = parameters | {key: torch.full_like(parameters[key], value)}
+            for made in run_mixture(cuda, counts, extreme).values():
+                assert made.isfinite().all(), (key, value)
+
+
+def test_rows_of_proteins_may_lie_apart(cuda):
+    (y, measured), parameters = _mixture.draw(theta="cell")
+    expected = run_mixture(cuda, (y, measured), parameters)
+    wide = torch.cat(list(parameters.values()), 1).to(DEVICE)
+    apart = dict(zip(parameters, wide.split(y.shape[1], 1), strict=True))
+    twice = (torch.cat([t, t], 1).to(DEVICE)[:, : y.shape[1]] for t in (y, measured))
+    for key, found in run_mixture(cuda, tuple(twice), apart).items():
+        assert torch.equal(found, expected[key]), key
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_captures_a_mixture(cuda):
+    counts, parameters = _mixture.draw(64, 100)
+    inputs = [t.cuda() for t in (*counts, *parameters.values())]
+    expected = cuda.nb_mixture(*inputs, 1.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = cuda.nb_mixture(*inputs, 1.0)
     graph.replay()
     for f, e in zip(found, expected, strict=True):
         assert torch.equal(f, e)
