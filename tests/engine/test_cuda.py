@@ -45,6 +45,17 @@ def test_read_outs_agree_with_the_processor(adata, monkeypatch):
     np.testing.assert_allclose(sx.tl.get_elbo(adata), elbo, rtol=1e-4)
 
 
+def test_a_fit_with_proteins_agrees_with_the_processor(monkeypatch):
+    adata = sx.datasets.synthetic_cite(n_cells_batch=150, n_genes=80, n_missing=3, seed=0)
+    sx.pp.setup_anndata(adata, batch_key="batch", protein_obsm_key="protein_expression")
+    sx.tl.fit(adata, "totalvi", max_epochs=3, device="cpu")
+    elbo = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(sx.settings, "device", device)
+        elbo[device] = sx.tl.get_elbo(adata)
+    np.testing.assert_allclose(elbo["cuda"], elbo["cpu"], rtol=1e-4)
+
+
 def test_a_fit_learns_and_goes_on_exactly(adata):
     sx.tl.fit(adata, max_epochs=6, device="cuda", checkpoint=True)
     history = sx.get.history(adata)
@@ -66,20 +77,25 @@ def test_a_fit_learns_and_goes_on_exactly(adata):
         ("scanvi", {"dispersion": "gene-label", "training": "alternate", "n_samples_per_label": 10}),
         ("vaec", {"library": "latent"}),
         ("classifier", {}),
+        ("totalvi", {}),
+        ("totalvi", {"library": "latent", "latent_distribution": "ln", "reconstruction_loss_gene": "zinb"}),
+        ("totalvi", {"protein_dispersion": "protein-batch", "protein_efficiency": True}),
     ],
     ids=str,
 )
 def test_a_captured_step_is_the_step_to_the_last_bit(model, options, monkeypatch):
     def state_of(adata):
         adata.obs["known"] = adata.obs["labels"].astype(str).where(np.arange(adata.n_obs) % 2 == 0, "?")
-        sx.pp.setup_anndata(adata, batch_key="batch", labels_key="known", unlabeled_category="?")
+        adata.obsm["protein_expression"].loc[adata.obs["batch"] == "batch_1", "protein_0"] = 0  # not measured there
+        roles = {"batch_key": "batch", "labels_key": "known", "unlabeled_category": "?"}
+        sx.pp.setup_anndata(adata, protein_obsm_key="protein_expression", **roles)
         sx.tl.fit(adata, model, max_epochs=7, batch_size=32, device="cuda", seed=3, **options)  # 9 steps: 8 and 1
         return adata.uns["scvi_ext"]["fits"][model]["state"]
 
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    data = {"n_cells_batch": 155, "n_genes": 80, "n_proteins": 0}
+    data = {"n_cells_batch": 155, "n_genes": 80, "n_proteins": 9}
     captured = state_of(sx.datasets.synthetic_iid(**data))
     monkeypatch.setattr(graph, "_captured", refuse)
     one_by_one = state_of(sx.datasets.synthetic_iid(**data))
