@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 from _tolerances import FLOAT32
 
@@ -153,6 +154,8 @@ def test_results_are_beside_the_fits(both):
     adata, mdata = both
     pd.testing.assert_frame_equal(sx.get.de_df(mdata, "a"), sx.get.de_df(adata, "a"))
     assert set(mdata.uns) == set(adata.uns)
+    one, other = (sc.get.rank_genes_groups_df(data, group="a", key="totalvi_de") for data in (mdata, adata))
+    pd.testing.assert_frame_equal(one, other)
     assert len(sx.pl.history(mdata, show=False).lines) == len(sx.pl.history(adata, show=False).lines) > 0
     plt.close("all")
 
@@ -296,12 +299,35 @@ def test_a_query(both):
     assert genes.obsm["totalvi_protein"].shape == (80, 5)
 
 
+def test_a_query_of_genes_alone_has_no_modality_for_proteins(both):
+    _, mdata = both
+    query = md.MuData({"rna": mdata["rna"].copy()})
+    query.obs["batch"] = "new"
+    sx.pp.setup_mudata(query, protein=None)
+    sx.tl.map_query(query, mdata, max_epochs=1, progress=False)
+    sx.tl.get_protein_expression(query)
+    assert query.obsm["totalvi_protein"].shape == (80, 5)
+    assert np.isfinite(query.obsm["totalvi_protein"].to_numpy()).all()
+
+
 def test_a_folder(both, tmp_path):
     sx.io.write_model(both[1], tmp_path / "model")
     sx.tl.map_query(draw(), tmp_path / "model", protein_obsm_key=KEY, max_epochs=0, progress=False)
 
 
 # ---- what is refused, and AnnData that notices nothing -------------------------------------------------------------
+
+
+def test_what_ctrl_c_leaves_is_written(both):
+    _, mdata = both
+
+    def interrupted(adata: ad.AnnData) -> None:
+        sx.tl.get_latent(adata)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        takes_mudata(interrupted, "tests")(mdata)
+    assert "X_totalvi" in mdata.obsm
 
 
 def test_the_name_of_a_modality_is_kept_for_it(both):
