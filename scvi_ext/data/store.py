@@ -210,9 +210,20 @@ def known_proteins(adata: AnnData, key: str, names: Sequence[str]) -> list[str]:
         return []
     proteins = adata.obsm[key]
     if not isinstance(proteins, pd.DataFrame):
+        protein_matrix(adata, key, names)  # as many columns as names
         return list(names)
     present = set(map(str, proteins.columns))
     return [name for name in names if name in present]
+
+
+def check_proteins(adata: AnnData, registry: Registry, batch_index: np.ndarray) -> None:
+    """Raise a KeyError for a registered protein that is lacking, unless no batch of the cells has measured it."""
+    key, names = registry.protein_obsm_key, registry.protein_names
+    present = known_proteins(adata, key, names)
+    for batch in np.unique(batch_index) if len(present) < len(names) else ():
+        unmeasured = registry.missing_proteins[batch] if registry.missing_proteins and batch >= 0 else ()
+        if not {*present, *unmeasured}.issuperset(names):
+            protein_matrix(adata, key, names)  # says what is lacking
 
 
 @dataclass(frozen=True)
@@ -383,12 +394,9 @@ def _tuples(values: np.ndarray) -> tuple[tuple[float, ...], ...]:
 
 def _protein(adata: AnnData, registry: Registry, rows: np.ndarray | None, batch_index: np.ndarray) -> np.ndarray:
     """Counts of the registered proteins, (n, P): those that no batch of the cells has measured may be lacking."""
+    check_proteins(adata, registry, batch_index)
     key, names = registry.protein_obsm_key, registry.protein_names
     present = known_proteins(adata, key, names)
-    for batch in np.unique(batch_index) if len(present) < len(names) else ():
-        unmeasured = registry.missing_proteins[batch] if registry.missing_proteins else ()
-        if not {*present, *unmeasured}.issuperset(names):
-            protein_matrix(adata, key, names)  # says what is lacking
     counts = np.zeros((len(batch_index), len(names)), np.float32)
     if present:
         proteins = protein_matrix(adata, key, present)

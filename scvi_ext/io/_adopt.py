@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from scanpy import logging as logg
 
@@ -13,8 +14,8 @@ from scvi_ext._contract import Capability
 from scvi_ext._errors import listing
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.matrix import counts_matrix
-from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, read_root
-from scvi_ext.data.store import check_unique_genes, protein_matrix
+from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, known_codes, read_root
+from scvi_ext.data.store import check_proteins, check_unique_genes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -93,4 +94,7 @@ def _check_slots(registry: Registry, adata: AnnData) -> None:
         if key is not None:
             column(adata.obs, key)
     if registry.protein_obsm_key is not None:
-        protein_matrix(adata, registry.protein_obsm_key, registry.protein_names)
+        batches = np.zeros(1, dtype=np.int64)
+        if registry.batch_key is not None:
+            batches = known_codes(adata.obs, registry.batch_key, registry.batch_categories)
+        check_proteins(adata, registry, batches)

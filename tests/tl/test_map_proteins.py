@@ -149,6 +149,20 @@ def test_it_travels(pair, tmp_path, write):
     np.testing.assert_allclose(latent(some), latent(query)[:7], **FLOAT32)
 
 
+def test_it_is_read_from_a_folder(pair, tmp_path):
+    reference, query = pair
+    bare = without(query.copy())
+    sx.tl.map_query(without(query), reference, **QUICK)
+    sx.io.write_model(query, tmp_path / "model")
+    sx.io.read_model(tmp_path / "model", adata=bare)
+    np.testing.assert_array_equal(latent(bare), latent(query))
+    bare.obs["batch"] = "batch_0"
+    for slot in list(bare.uns):
+        del bare.uns[slot]
+    with pytest.raises(KeyError, match=rf"'{KEY}' is not in adata\.obsm"):
+        sx.io.read_model(tmp_path / "model", adata=bare)
+
+
 def test_nothing_but_genes_is_learned_from(pair):
     """Without proteins, what a new batch has for them stays at the mean of the known ones."""
     reference, query = pair
