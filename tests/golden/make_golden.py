@@ -4,7 +4,8 @@ Needs scvi-tools beside this package: ``python tests/golden/make_golden.py``, fo
 Each case is a folder with ``model.pt`` as scvi-tools saves it, ``case.json`` (what it was made with) and
 ``expected.npz``: counts and columns of a few cells under ``x`` and ``obs.<column>``, the training history under
 ``history.<name>``, and for these cells, in evaluation mode and at the posterior mean, the quantities that the tests
-compare.
+compare. Where there are proteins, their counts are under ``protein``, and the log background is at its posterior mean
+too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import scvi
 import torch
+from torch.distributions import Normal, kl_divergence
 
 import scvi_ext as sx
 
@@ -25,9 +28,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 CASES = Path(__file__).parent / "cases"
-N_TRAIN, N_KEPT, N_GENES = 60, 12, 40
+N_TRAIN, N_KEPT, N_GENES, N_PROTEINS = 60, 12, 40, 5
 SMALL = {"n_hidden": 16, "n_latent": 5}
 SCVI, LinearSCVI, SCANVI = scvi.model.SCVI, scvi.model.LinearSCVI, scvi.model.SCANVI
+TOTALVI = scvi.model.TOTALVI
+WITH_PROTEINS = {"batch_key": "batch", "protein_expression_obsm_key": "protein"}
 # One of the cell types plays the cells without a label.
 PARTLY_LABELLED = {"batch_key": "batch", "labels_key": "label", "unlabeled_category": "Dendritic"}
 
@@ -90,18 +95,37 @@ MODELS = {
         PARTLY_LABELLED,
         {"n_hidden": 8, "gene_likelihood": "nb", "linear_classifier": True, "dispersion": "gene-batch"},
     ),
+    "totalvi_zinb_panels_latent_library_covariates": (
+        TOTALVI,
+        WITH_PROTEINS | {"categorical_covariate_keys": ["phase"], "continuous_covariate_keys": ["mito"]},
+        {
+            "n_hidden": 6,
+            "n_layers_encoder": 1,
+            "gene_likelihood": "zinb",
+            "gene_dispersion": "gene-batch",
+            "protein_dispersion": "protein-batch",
+            "use_observed_lib_size": False,
+        },
+    ),
+    "totalvi_nb_logistic_normal": (
+        TOTALVI,
+        WITH_PROTEINS,
+        {"n_hidden": 6, "latent_distribution": "ln", "empirical_protein_background_prior": True},
+    ),
 }
+# In the first of these a batch has not measured two of the proteins.
+PANELS = {"totalvi_zinb_panels_latent_library_covariates": ("b", [1, 3])}
 COLUMNS = ["batch", "phase", "mito", "label", "size_factor"]
 WITH_HISTORY = {"linear_scvi"}  # the others leave it out to stay small
 
 
-def cells(seed: int) -> AnnData:
+def cells(seed: int, n_genes: int = N_GENES) -> AnnData:
     """Some cells and the most widely detected genes, with columns of every kind."""
     adata = sx.datasets.pbmc68k_counts()
     rng = np.random.default_rng(seed)
     adata = adata[rng.choice(adata.n_obs, N_TRAIN, replace=False)].copy()
     detected = np.asarray((adata.X > 0).sum(0)).ravel()
-    adata = adata[:, np.sort(np.argsort(-detected, kind="stable")[:N_GENES])].copy()
+    adata = adata[:, np.sort(np.argsort(-detected, kind="stable")[:n_genes])].copy()
     adata.obs = adata.obs.assign(
         batch=rng.choice(["a", "b", "c"], N_TRAIN),
         phase=rng.choice([1, 2], N_TRAIN),  # whole numbers: categories need not be strings
@@ -110,6 +134,59 @@ def cells(seed: int) -> AnnData:
         size_factor=np.asarray(adata.X.sum(1)).ravel() / 100,
     )[COLUMNS]
     return adata
+
+
+def proteins(adata: AnnData, seed: int, missing: tuple[str, list[int]] | None) -> pd.DataFrame:
+    """Counts that are background or foreground; zero where ``missing`` names a batch and proteins."""
+    rng = np.random.default_rng(seed)
+    mean = np.where(rng.random((N_TRAIN, N_PROTEINS)) < 0.3, 60.0, 4.0) * rng.lognormal(0, 0.3, (N_TRAIN, N_PROTEINS))
+    counts = rng.poisson(mean)
+    if missing is not None:
+        batch, columns = missing
+        counts[np.ix_(adata.obs["batch"] == batch, columns)] = 0
+    return pd.DataFrame(counts, index=adata.obs_names, columns=[f"CD{i}" for i in range(N_PROTEINS)])
+
+
+@torch.no_grad()
+def expected_of_proteins(model: TOTALVI) -> dict[str, np.ndarray]:
+    """The same for genes and proteins, whose background is taken at its posterior mean."""
+    module = model.module.cpu().eval()
+    first = np.arange(N_KEPT)
+    tensors = next(iter(model._make_data_loader(model.adata, indices=first, batch_size=N_KEPT, shuffle=False)))
+    inferred = module.inference(**module._get_inference_input(tensors))
+    qz, ql = inferred["qz"], inferred["ql"]
+    inferred["untran_z"] = qz.loc
+    inferred["z"] = torch.softmax(qz.loc, -1) if module.latent_distribution == "ln" else qz.loc
+    values = {"qz_mean": qz.loc, "qz_scale": qz.scale}
+    if not module.use_observed_lib_size:
+        inferred["library_gene"] = torch.exp(ql.loc)
+        values |= {"ql_mean": ql.loc, "ql_scale": ql.scale}
+    made = module.generative(**module._get_generative_input(tensors, inferred))
+    px, py = made["px_"], made["py_"]
+    py["rate_back"] = torch.exp(py["back_alpha"])
+    py["rate_fore"] = py["rate_back"] * py["fore_scale"]
+    batch = tensors["batch"].flatten().tolist()
+    mask = module.protein_batch_mask
+    measured = torch.ones(N_KEPT, N_PROTEINS) if mask is None else torch.tensor(np.stack([mask[str(b)] for b in batch]))
+    of_genes, of_proteins = module.get_reconstruction_loss(
+        tensors["X"], tensors["proteins"], px, py, measured.float(), made["per_batch_efficiency"]
+    )
+    kl_background = kl_divergence(Normal(py["back_alpha"], py["back_beta"]), inferred["back_mean_prior"])
+    loss = module.loss(tensors, inferred, made)
+    values |= {f"px_{name}": px[name] for name in ("scale", "rate", "r")}
+    values |= {f"py_{name}": py[name] for name in ("back_alpha", "back_beta", "fore_scale", "mixing", "r")}
+    if module.gene_likelihood == "zinb":
+        values["px_dropout"] = px["dropout"]
+    values |= {
+        "log_prob": -of_genes,
+        "log_prob_proteins": -of_proteins,
+        "kl_z": loss.kl_local["kl_div_z"],
+        "kl_l": loss.kl_local["kl_div_l_gene"],
+        "kl_background": (measured * kl_background).sum(-1),
+    }
+    return {name: value.numpy() for name, value in values.items()} | {
+        "latent": model.get_latent_representation(indices=first)
+    }
 
 
 @torch.no_grad()
@@ -156,7 +233,9 @@ def main() -> None:
         if name not in asked:
             continue
         shutil.rmtree(CASES / name, ignore_errors=True)
-        adata = cells(seed)
+        adata = cells(seed, N_GENES // 2 if cls is TOTALVI else N_GENES)  # its networks are many
+        if cls is TOTALVI:
+            adata.obsm["protein"] = proteins(adata, seed, PANELS.get(name))
         scvi.settings.seed = seed
         cls.setup_anndata(adata, **setup)
         model = cls(adata, **SMALL | options)
@@ -166,14 +245,20 @@ def main() -> None:
             check_val_every_n_epoch=2,
             accelerator="cpu",
             enable_progress_bar=False,
-            logger=None if name in WITH_HISTORY else False,  # None is scvi-tools' own, in memory
+            # None is scvi-tools' own, in memory; TOTALVI does not train without one.
+            logger=None if name in WITH_HISTORY or cls is TOTALVI else False,
         )
-        arrays = expected(model)
+        if name not in WITH_HISTORY:
+            model.history_ = None
+        arrays = expected_of_proteins(model) if cls is TOTALVI else expected(model)
         model.save(CASES / name)
         kept = adata[:N_KEPT]
         inputs = {f"obs.{column}": kept.obs[column].to_numpy() for column in COLUMNS}
         inputs["x"] = kept.X.toarray().astype("uint16")
-        inputs |= {f"history.{k}": v.to_numpy(float).ravel() for k, v in model.history.items() if name in WITH_HISTORY}
+        if cls is TOTALVI:
+            inputs["protein"] = kept.obsm["protein"].to_numpy("uint16")
+        if name in WITH_HISTORY:
+            inputs |= {f"history.{k}": v.to_numpy(float).ravel() for k, v in model.history.items()}
         as_text = {k: v.astype(str) if v.dtype == object else v for k, v in inputs.items()}
         np.savez_compressed(CASES / name / "expected.npz", **arrays, **as_text)
         case = {"class": cls.__name__, "setup": setup, "options": SMALL | options, "scvi-tools": scvi.__version__}

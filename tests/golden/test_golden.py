@@ -17,15 +17,23 @@ import torch
 from _tolerances import LATENT_ATOL, N_STANDARD_ERRORS, REFERENCE_ATOL_OF_LARGEST, REFERENCE_RTOL
 
 import scvi_ext as sx
+from scvi_ext import models
+from scvi_ext._contract import Capability
 from scvi_ext._keys import column_name
 from scvi_ext.data.blocks import Block
 from scvi_ext.fitted import Fitted
+from scvi_ext.functional.divergences import kl_standard_normal
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "golden"
-MODELS = {"SCVI": "scvi", "LinearSCVI": "ldvae", "SCANVI": "scanvi"}
+MODELS = {"SCVI": "scvi", "LinearSCVI": "ldvae", "SCANVI": "scanvi", "TOTALVI": "totalvi"}
 MC_SAMPLES = 5000  # of the mean of a logistic normal, in the reference and by default here
-NOT_COMPARED = re.compile(r"x|batch|labels|latent|obs\..*|history\..*|prediction_.*")
+# Inputs, what other tests compare, and of proteins what depends on a random background.
+NOT_COMPARED = re.compile(
+    r"x|batch|labels|proteins?|latent|obs\..*|history\..*|prediction_.*|py_rate_back|py_rate_fore|py_scale"
+)
+# The reference has these parts of totalVI, and saves what they say, also where the model makes no use of them.
+ALSO_WHERE_UNUSED = {"px_dropout", "ql_mean"}
 
 
 def _shared_cases() -> list[Path]:
@@ -50,6 +58,9 @@ def read(case: Path) -> tuple[ad.AnnData, dict[str, np.ndarray]]:
         columns = {name.removeprefix("obs."): values for name, values in expected.items() if name.startswith("obs.")}
         adata = ad.AnnData(expected["x"].astype(np.float32), obs=pd.DataFrame(columns).set_index(_names(expected["x"])))
         adata.var_names = sx.io.read_scvi_tools(case).var_names
+        if "protein" in expected:
+            names = sx.io.read_scvi_tools(case).setup["protein_names"]
+            adata.obsm["protein"] = pd.DataFrame(expected["protein"], index=adata.obs_names, columns=names)
     sx.io.read_scvi_tools(case, adata, key_added="imported")
     return adata, expected
 
@@ -58,8 +69,8 @@ def _names(x: np.ndarray) -> pd.Index:
     return pd.Index([f"cell{i}" for i in range(len(x))])
 
 
-def at_posterior_mean(adata: ad.AnnData) -> dict[str, torch.Tensor]:
-    """Every quantity of the reference, from our module."""
+def at_posterior_mean(adata: ad.AnnData) -> dict[str, torch.Tensor | None]:
+    """Every quantity of the reference, from our module; None for what it does not have."""
     fitted = Fitted.open(adata, "imported")
     block = Block(fitted.store, torch.device("cpu"))
     cells = block.minibatch(block.rows(np.arange(adata.n_obs)))
@@ -84,9 +95,23 @@ def at_posterior_mean(adata: ad.AnnData) -> dict[str, torch.Tensor]:
             "kl_z": loss.kl_z,
             "kl_l": loss.kl_library,
             "klg_kl_global": torch.zeros(()),  # these models have none
+            "ql_mean": None if ql is None else ql.loc,
+            "ql_scale": None if ql is None else ql.scale,
         }
-        if ql is not None:
-            values |= {"ql_mean": ql.loc, "ql_scale": ql.scale}
+        if Capability.PROTEIN in models.get(fitted.fit.model).capabilities:
+            py = module.decode_protein(module.transform_z(z), cells)
+            values |= {
+                "px_r": px.theta,
+                "px_dropout": px.dropout_logits,
+                "py_back_alpha": py.background.loc,
+                "py_back_beta": py.background.scale,
+                "py_fore_scale": torch.exp(py.log_ratio),
+                "py_mixing": py.mixing_logits,
+                "py_r": py.theta,
+                "log_prob_proteins": module.log_py(py, cells, py.background.loc),
+                "kl_z": kl_standard_normal(qz),
+                "kl_background": loss.kl_z - kl_standard_normal(qz),
+            }
         if hasattr(module, "get_loadings"):
             values["loadings"] = module.get_loadings()
     return values
@@ -104,11 +129,20 @@ def test_reference_values_are_reproduced(case):
     adata, expected = read(case)
     found = at_posterior_mean(adata)
     compared = [name for name in expected if not NOT_COMPARED.fullmatch(name)]
-    assert {"qz_mean", "qz_scale", "log_prob"} <= set(compared)
-    if "prediction_soft" not in expected:  # the bound of SCANVI is another one there: see models/scanvi.py
-        assert {"px_scale", "loss", "kl_z", "kl_l"} <= set(compared)
+    assert {"qz_mean", "qz_scale"} <= set(compared)
+    if "py_mixing" in expected:
+        assert {"px_scale", "px_rate", "px_r", "py_back_alpha", "py_back_beta", "py_fore_scale"} <= set(compared)
+        if case in SMALL_CASES:
+            assert {"log_prob", "log_prob_proteins", "kl_z", "kl_l", "kl_background"} <= set(compared)
+    elif "prediction_soft" in expected:  # the bound of SCANVI is another one there: see models/scanvi.py
+        assert "log_prob" in compared
+    else:
+        assert {"log_prob", "loss", "kl_z", "kl_l"} <= set(compared)
     for name in compared:
-        assert_parity(found[name].numpy(), expected[name], name)
+        if found[name] is None:
+            assert name in ALSO_WHERE_UNUSED
+        else:
+            assert_parity(found[name].numpy(), expected[name], name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,13 +188,26 @@ def test_options_are_those_of_the_reference(case):
     assert fit.model == fit.key == MODELS[made["class"]]
     assert fit.status["imported_from"] == f"scvi-tools {made['scvi-tools']}"
     renamed = {"gene_likelihood": "reconstruction_loss"}
-    elsewhere = {"use_observed_lib_size", "use_batch_norm"}
+    if fit.model == "totalvi":
+        renamed = {"gene_likelihood": "reconstruction_loss_gene"}
+        assert fit.config["protein_efficiency"]  # which they always have
+    elsewhere = {"use_observed_lib_size", "use_batch_norm", "empirical_protein_background_prior"}
     for option, value in made["options"].items():
         if option not in elsewhere:
             assert fit.config[renamed.get(option, option)] == value
     observed = made["options"].get("use_observed_lib_size", made["class"] != "LinearSCVI")
     library = "size_factor" if "size_factor_key" in made["setup"] else "observed" if observed else "latent"
     assert fit.config["library"] == library
+
+
+def test_proteins_that_a_batch_has_not_measured_are_read():
+    fit = sx.io.read_scvi_tools(HERE / "cases" / "totalvi_zinb_panels_latent_library_covariates")
+    batches, names = list(fit.setup["batch_categories"]), list(fit.setup["protein_names"])
+    expected = np.ones((3, 5), dtype=bool)
+    expected[np.ix_([batches.index("b")], [1, 3])] = False
+    np.testing.assert_array_equal(fit.state["protein_batch_mask"], expected)
+    missing = fit.setup["missing_proteins"]
+    assert {k: list(v) for k, v in missing.items()} == {"0": [], "1": [names[1], names[3]], "2": []}
 
 
 def test_small_cases_stay_small():
