@@ -31,6 +31,7 @@ FULL = Registry(
     batch_categories=("1", "2", "Zoë"),
     labels_categories=("B", "T"),
     covariate_categories=(("x",), ("f", "m")),
+    missing_proteins=((), ("CD4/8",), ()),
 )
 
 

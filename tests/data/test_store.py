@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scvi_ext._contract import DataSummary
+from scvi_ext._contract import DataSummary, ProteinSummary
 from scvi_ext.data.registry import Registry
 from scvi_ext.data.store import MIN_LIBRARY_VARIANCE, CellStore, resolve_indices
 
@@ -259,6 +259,7 @@ def test_summary(adata):
         n_continuous_cov=2,
         library_log_means=tuple(float(group.mean()) for group in groups),
         library_log_vars=tuple(float(group.var()) for group in groups),
+        proteins=ProteinSummary(P, ((True,) * P,) * 2, ((0.0,) * P,) * 2, ((1.0,) * P,) * 2),  # were not read
     )
 
 
