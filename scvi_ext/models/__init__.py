@@ -27,7 +27,7 @@ from scvi_ext.functional.evidence import (
 from scvi_ext.functional.sampling import reparameterize_gaussian
 from scvi_ext.functional.tensors import broadcast_labels, enumerate_discrete, iterate, logsumexp, one_hot
 from scvi_ext.nn.classifier import Classifier
-from scvi_ext.nn.decoders import Decoder, DecoderSCVI, LinearDecoderSCVI
+from scvi_ext.nn.decoders import Decoder, DecoderSCVI, DecoderTOTALVI, LinearDecoderSCVI
 from scvi_ext.nn.encoders import Encoder
 from scvi_ext.nn.layers import FCLayers
 
@@ -43,6 +43,7 @@ __all__ = [
     "Classifier",
     "Decoder",
     "DecoderSCVI",
+    "DecoderTOTALVI",
     "Encoder",
     "FCLayers",
     "LinearDecoderSCVI",

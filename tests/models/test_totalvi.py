@@ -479,6 +479,19 @@ def test_methods(method):
     assert REQUIRED not in dict(found[n:]).values()
 
 
+def test_the_decoder_takes_a_library_size_and_gives_a_sample_of_the_log_background(seen):
+    decoder = models.DecoderTOTALVI(L, G, P, [3], n_hidden=8).eval().requires_grad_(False)
+    z, codes = torch.randn(B, L, generator=torch.Generator().manual_seed(0)), seen[2]
+    library = seen[0].sum(1, keepdim=True)
+    px, py, log_background = repeated(decoder, z, library, codes)
+    assert_close(px["rate"].sum(1, keepdim=True), library, **FLOAT32)
+    assert_close(py["rate_back"], torch.exp(log_background), **FLOAT32)
+    torch.manual_seed(3)
+    drawn = py["back_alpha"] + py["back_beta"] * torch.randn(B, P)
+    assert_close(log_background, drawn, **FLOAT32)
+    assert torch.equal(decoder.scale(z, codes), px["scale"])
+
+
 @pytest.mark.parametrize("n_samples", [1, 3])
 @pytest.mark.parametrize("library", ["latent", "observed"])
 @pytest.mark.parametrize("by", ["", "-batch", "-label"])
