@@ -28,7 +28,7 @@ from scvi_ext.functional.sampling import reparameterize_gaussian
 from scvi_ext.functional.tensors import broadcast_labels, enumerate_discrete, iterate, logsumexp, one_hot
 from scvi_ext.nn.classifier import Classifier
 from scvi_ext.nn.decoders import Decoder, DecoderSCVI, DecoderTOTALVI, LinearDecoderSCVI
-from scvi_ext.nn.encoders import Encoder
+from scvi_ext.nn.encoders import Encoder, EncoderTOTALVI
 from scvi_ext.nn.layers import FCLayers
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [
     "DecoderSCVI",
     "DecoderTOTALVI",
     "Encoder",
+    "EncoderTOTALVI",
     "FCLayers",
     "LinearDecoderSCVI",
     "Minibatch",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from scvi_ext._contract import Posterior
+from scvi_ext._errors import one_of
 from scvi_ext.functional.sampling import reparameterize_gaussian
 from scvi_ext.nn.layers import FCLayers
 
@@ -81,3 +82,55 @@ class Encoder(nn.Module):
         q = self.posterior(x, *cat_list)
         var = q.scale**2
         return q.loc, var, reparameterize_gaussian(q.loc, var)
+
+
+class EncoderTOTALVI(nn.Module):
+    """The seed's encoder of totalVI: one network for z, one for the library, both of genes and proteins.
+
+    The model itself has an :class:`Encoder` for each, the second one only where the library is latent.
+
+    Parameters
+    ----------
+    n_input, n_output
+        Sizes of input (genes and proteins) and latent space.
+    n_cat_list, n_layers, n_hidden, dropout_rate
+        As in :class:`Encoder`; the network of the library has one hidden layer.
+    distribution
+        ``"ln"`` (logistic normal: z is the softmax of a normal variable) or ``"normal"``.
+
+    References
+    ----------
+    Gayoso et al. (2021), Nature Methods 18, 272.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_output: int,
+        n_cat_list: Sequence[int] | None = None,
+        n_layers: int = 2,
+        n_hidden: int = 256,
+        dropout_rate: float = 0.1,
+        distribution: str = "ln",
+    ):
+        super().__init__()
+        one_of("distribution", distribution, ("normal", "ln"))
+        self.distribution = distribution
+        self.z_encoder = Encoder(n_input, n_output, n_cat_list, n_layers, n_hidden, dropout_rate)
+        self.l_encoder = Encoder(n_input, 1, n_cat_list, 1, n_hidden, dropout_rate)
+
+    def reparameterize_transformation(self, mu: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """A sample of z, and the normal one that it is made of, (B, n_output) each."""
+        untransformed = reparameterize_gaussian(mu, var)
+        return torch.softmax(untransformed, dim=-1) if self.distribution == "ln" else untransformed, untransformed
+
+    def forward(self, data: Tensor, *cat_list: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict, dict]:
+        """Means and variances of z and of the log library, and samples ``"z"`` and ``"l"``, transformed and not.
+
+        The library is transformed by the exponential, z by the softmax where it is logistic normal.
+        """
+        qz, ql = self.z_encoder.posterior(data, *cat_list), self.l_encoder.posterior(data, *cat_list)
+        z, untransformed = self.reparameterize_transformation(qz.loc, qz.scale**2)
+        log_library = reparameterize_gaussian(ql.loc, ql.scale**2)
+        latent = {"z": z, "l": torch.exp(log_library)}
+        return qz.loc, qz.scale**2, ql.loc, ql.scale**2, latent, {"z": untransformed, "l": log_library}

@@ -47,6 +47,15 @@ CALLABLES = {
     "Decoder": {"n_input": REQUIRED, "n_output": REQUIRED} | NETWORK,
     "DecoderSCVI": {"n_input": REQUIRED, "n_output": REQUIRED} | NETWORK,
     "LinearDecoderSCVI": {"n_input": REQUIRED, "n_output": REQUIRED} | NETWORK,
+    "EncoderTOTALVI": {
+        "n_input": REQUIRED,
+        "n_output": REQUIRED,
+        "n_cat_list": None,
+        "n_layers": 2,
+        "n_hidden": 256,
+        "dropout_rate": 0.1,
+        "distribution": "ln",
+    },
     "DecoderTOTALVI": {
         "n_input": REQUIRED,
         "n_output_genes": REQUIRED,

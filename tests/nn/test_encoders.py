@@ -6,7 +6,7 @@ from _tolerances import FLOAT32, N_STANDARD_ERRORS
 from torch import nn
 from torch.testing import assert_close
 
-from scvi_ext.nn.encoders import Encoder
+from scvi_ext.nn.encoders import Encoder, EncoderTOTALVI
 
 B, G, L = 9, 7, 3
 
@@ -69,3 +69,23 @@ def test_dropout_rate_is_the_encoders():
 
     assert rate() == 0.1
     assert rate(dropout_rate=0.3) == 0.3
+
+
+@pytest.mark.parametrize("distribution", ["ln", "normal"])
+def test_the_encoder_of_totalvi_gives_z_and_the_library(distribution):
+    encoder, x = EncoderTOTALVI(G, L, [2], n_hidden=8, distribution=distribution).eval(), torch.randn(B, G).abs()
+    codes = torch.arange(B) % 2
+    qz_m, qz_v, ql_m, ql_v, latent, untransformed = encoder(x, codes)
+    assert qz_m.shape == qz_v.shape == latent["z"].shape == (B, L)
+    assert ql_m.shape == ql_v.shape == latent["l"].shape == (B, 1)
+    for found, expected in (((qz_m, qz_v), encoder.z_encoder), ((ql_m, ql_v), encoder.l_encoder)):
+        q = expected.posterior(x, codes)
+        assert_close(found, (q.loc, q.scale**2), **FLOAT32)
+    assert_close(latent["l"], torch.exp(untransformed["l"]), **FLOAT32)
+    z = untransformed["z"]
+    assert_close(latent["z"], torch.softmax(z, -1) if distribution == "ln" else z, **FLOAT32)
+    draws = torch.stack([encoder(x, codes)[-1]["z"] for _ in range(400)])
+    error = torch.sqrt(qz_v / 400)
+    assert ((draws.mean(0) - qz_m).abs() < N_STANDARD_ERRORS * error).all()
+    with pytest.raises(ValueError, match="distribution"):
+        EncoderTOTALVI(G, L, distribution="gamma")
