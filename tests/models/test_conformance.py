@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -124,9 +124,10 @@ def test_config_is_what_the_constructor_takes(name):
     options = {f.name: f.default for f in fields(spec.config)}
     assert options.keys() | sizes | set(shape) == accepted.keys()
     differing = {k: v for k, v in options.items() if v != accepted[k].default}
-    # The class keeps the seed's latent library (and of totalVI the logistic normal), the function has other defaults.
-    assert {"library": "observed"}.items() <= differing.items()
-    assert differing.items() <= {"library": "observed", "latent_distribution": "normal"}.items()
+    # The class keeps the seed's latent library (and of totalVI logistic normal and dropout), the function has others.
+    assert differing["library"] == "observed"
+    of_totalvi = {"latent_distribution", "dropout_rate_decoder", "dropout_rate_encoder"}
+    assert differing.keys() - {"library"} <= (of_totalvi if needs(name, "protein") else set())
     with pytest.raises(TypeError, match="n_hiden"):
         spec.module(*(5 for _ in shape), n_labels=2, n_hiden=3)
 
@@ -323,9 +324,9 @@ def inferred(module: nn.Module, cells: Minibatch, draws: torch.Tensor) -> dict[s
 
 
 @cache
-def trained(name: str, **options: object) -> nn.Module:
+def trained(name: str, summary: DataSummary = SUMMARY, **options: object) -> nn.Module:
     """In evaluation mode, after a few steps: running statistics and weights are no longer the initial ones."""
-    module, cells = build(name, **options), make_cells(seed=7)
+    module, cells = build(name, summary, **options), make_cells(summary, seed=7)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -429,7 +430,9 @@ def test_the_columns_that_are_read_are_those_declared(name, encode_covariates):
 @MODELS
 @pytest.mark.parametrize("encode_covariates", [True, False])
 def test_only_encoded_covariates_reach_the_posterior(name, encode_covariates):
-    module, cells = trained(name, encode_covariates=encode_covariates, library="latent"), make_cells()
+    # A panel is no covariate: what a batch has not measured is hidden from the encoder in any case.
+    complete = replace(SUMMARY, proteins=all_measured(4, SUMMARY.n_batch))
+    module, cells = trained(name, complete, encode_covariates=encode_covariates, library="latent"), make_cells()
     other = cells._replace(
         batch_index=(cells.batch_index + 1) % SUMMARY.n_batch,
         categorical=1 - cells.categorical.clamp(max=1),
