@@ -118,9 +118,11 @@ class ModelSpec:
     streams: tuple[Stream, ...] = (Stream("cells"),)  # the minibatches that its loss takes
     capabilities: frozenset[Capability] = frozenset()
     reference: str = ""
-    # Of the default plan: peak of the learning rate, and number of steps per square root of the cells trained on.
+    # Of the default plan: peak of the learning rate, number of steps per square root of the cells trained on, and how
+    # often at most it goes over them.
     peak_lr: float = 2e-2
     effort: float = 7.0
+    most_epochs: int = 40
 
 
 @dataclass(frozen=True)

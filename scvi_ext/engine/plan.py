@@ -73,6 +73,7 @@ def make_plan(
     weight_decay: float | None,
     peak_lr: float,
     effort: float,
+    most_epochs: int = 40,
 ) -> Plan:
     """The plan for so many cells.
 
@@ -85,7 +86,7 @@ def make_plan(
         All cells, and those trained on.
     batch_size, max_epochs, lr, kl_warmup, weight_decay
         Override the plan; ``kl_warmup`` is a share of the planned steps.
-    peak_lr, effort
+    peak_lr, effort, most_epochs
         Of the model, see :class:`~scvi_ext._contract.ModelSpec`.
     """
     one_of("plan", name, PLANS)
@@ -97,7 +98,7 @@ def make_plan(
     _check("lr", lr, lambda value: 0 < value < math.inf, "positive and finite")
     _check("kl_warmup", kl_warmup, lambda value: 0 <= value <= 1, "a share of the steps, from 0 to 1")
     _check("weight_decay", weight_decay, lambda value: 0 <= value < math.inf, "0 or more, and finite")
-    passes = auto_epochs(n_train, batch_size or _BATCH_SIZE, effort)
+    passes = auto_epochs(n_train, batch_size or _BATCH_SIZE, effort, most_epochs)
     if batch_size is None and name == "auto":
         batch_size = auto_batch_size(n_train)
         # As many passes in fewer steps: each goes further, by the square root, as the noise of its gradient falls.
@@ -136,14 +137,14 @@ def auto_batch_size(n_train: int) -> int:
     return _BATCH_SIZE if n_train < 15_000 else 2 * _BATCH_SIZE
 
 
-def auto_epochs(n_train: int, batch_size: int, effort: float) -> int:
-    """Epochs of the one-cycle plan: ``effort`` times the square root of the cells in steps, 4 to 40 passes over them.
+def auto_epochs(n_train: int, batch_size: int, effort: float, most_epochs: int = 40) -> int:
+    """Epochs of the one-cycle plan: ``effort`` times the square root of the cells in steps, 4 to ``most_epochs``.
 
     Chosen on data sets from 700 to 20,000 cells: more steps fit the training cells better, and the held-out ones or the
     cell types worse; small data is learned by heart after some 40 passes. See the page on training.
     """
     steps_per_epoch = math.ceil(n_train / batch_size)
-    return min(40, max(4, math.ceil(effort * math.sqrt(n_train) / steps_per_epoch)))
+    return min(most_epochs, max(4, math.ceil(effort * math.sqrt(n_train) / steps_per_epoch)))
 
 
 def _check(name: str, value: float | None, good: Callable[[float], bool], expected: str) -> None:

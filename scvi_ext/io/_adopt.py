@@ -13,6 +13,7 @@ from scvi_ext import models, results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import listing
 from scvi_ext._keys import UNS, valid_key
+from scvi_ext.data.checks import audit_registered, report_audits
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, known_codes, read_root
 from scvi_ext.data.store import check_proteins, check_unique_genes
@@ -39,7 +40,8 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     _check_slots(replace(registry, labels_key=None) if infers_labels else registry, adata)
     slots = f"\n    {fit.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])"
     if UNS.setup not in read_root(adata):
-        results.write_setup(adata, fit.setup)
+        clean = report_audits(audit_registered(adata, replace(registry, batch_key=None, labels_key=None)), "error")
+        results.write_setup(adata, replace(registry, audit="clean" if clean else None).to_uns())
         slots += f"\n    {UNS.setup!r}, what the model reads (adata.uns[{UNS.root!r}])"
     results.write_fit(adata, fit)
     logg.info(f"read a {fit.model!r} fit of {len(fit.var_names)} genes", deep=f"added{slots}")

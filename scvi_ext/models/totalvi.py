@@ -229,6 +229,10 @@ class TOTALVI(CountVAE):
         else:
             means, scales = torch.tensor(background_means), torch.tensor(background_scales)
         self.background_mean = nn.Parameter(means)
+        with torch.no_grad():  # where it will be: to get there, large weights would have to grow in all directions
+            self.decoder.py_back_mean_log_alpha.layers[0].linear.bias.copy_(
+                (means * mask).sum(0) / mask.sum(0).clamp(min=1)
+            )
         self.background_log_scale = nn.Parameter(torch.log(scales))
         self.log_efficiency = nn.Parameter(torch.zeros(shape)) if protein_efficiency else None
         watched = adversarial_classifier == "on" or (adversarial_classifier == "auto" and not complete)
@@ -516,4 +520,5 @@ SPEC = ModelSpec(
     "Nature Methods.",
     peak_lr=3e-2,
     effort=13.0,
+    most_epochs=100,  # to impute what a batch has not measured, batches have to come together, however few the cells
 )

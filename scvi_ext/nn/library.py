@@ -60,6 +60,9 @@ class LatentLibrary(nn.Module):
         self.encoder = encoder
         self.register_buffer("log_means", torch.as_tensor(log_means, dtype=torch.float32))
         self.register_buffer("log_vars", torch.as_tensor(log_vars, dtype=torch.float32))
+        if len(log_means):  # start there: a short fit would not get from a library of one count to thousands
+            with torch.no_grad():
+                encoder.mean_encoder.bias.copy_(self.log_means.mean())
 
     def posterior(self, cells: Minibatch, encoder_input: EncoderInput) -> Posterior:
         """q(l | x), shape (B, 1)."""

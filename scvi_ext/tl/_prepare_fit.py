@@ -35,7 +35,6 @@ _RENAMED = {
     "accelerator": "device",
     "batch_key": "an argument of pp.setup_anndata",
     "early_stopping_patience": "early_stopping=<number of epochs>",
-    "gene_likelihood": "reconstruction_loss",
     "labels_key": "an argument of pp.setup_anndata",
     "layer": "an argument of pp.setup_anndata",
     "n_epochs": "max_epochs",
@@ -45,6 +44,17 @@ _RENAMED = {
     "use_gpu": "device",
     "use_observed_lib_size": "library='observed' or library='latent'",
     "use_size_factor_key": "library='size_factor'",
+}
+# The same of options that some models have, or have under one of these names.
+_RENAMED_OPTIONS = {
+    "dispersion": ("gene_dispersion",),
+    "dropout_rate": ("dropout_rate_encoder",),
+    "empirical_protein_background_prior": ("protein_background",),
+    "gene_dispersion": ("dispersion",),
+    "gene_likelihood": ("reconstruction_loss", "reconstruction_loss_gene"),
+    "n_layers_decoder": ("n_layers",),
+    "pro_recons_weight": ("protein_weight",),
+    "reconstruction_loss": ("reconstruction_loss_gene",),
 }
 
 
@@ -89,7 +99,8 @@ def prepare(
         plan = plan | {"kl_warmup": 0.0}  # the latent space is there already
     if all(stream.labelled_only for stream in spec.streams):
         train, validation = (cells[store.labels[cells] >= 0] for cells in (train, validation))
-    plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), peak_lr=spec.peak_lr, effort=spec.effort, **plan)
+    pace = {"peak_lr": spec.peak_lr, "effort": spec.effort, "most_epochs": spec.most_epochs}
+    plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), **pace, **plan)
     patience = _patience(early_stopping, plan_, len(validation))
     with seeded(seed, resolve_device("cpu")):
         module = models.build(spec, config, store.summary(registry), frozen)
@@ -161,7 +172,8 @@ def _config(
     valid = {f.name for f in fields(spec.config)}
     for name in model_params:
         if name not in valid:
-            raise unknown_keyword(f"tl.fit(model={spec.name!r})", name, [*keywords, *valid], _RENAMED.get(name))
+            renamed = next((ours for ours in _RENAMED_OPTIONS.get(name, ()) if ours in valid), _RENAMED.get(name))
+            raise unknown_keyword(f"tl.fit(model={spec.name!r})", name, [*keywords, *valid], renamed)
     if start is not None:
         model_params = _options_of(start, valid) | model_params
         changed = [name for name in start.config.keys() & valid if model_params[name] != start.config[name]]
@@ -247,8 +259,8 @@ def _check_labels(
     unlabelled = store.labels < 0
     if unlabelled.any() and not learned:
         msg = (
-            f"{unlabelled.sum()} of {store.n_cells} cells have no label, and dispersion='gene-label' needs one "
-            "for every cell: leave these cells out, or take another dispersion."
+            f"{unlabelled.sum()} of {store.n_cells} cells have no label, and a dispersion by label needs one for every "
+            "cell: leave these cells out, or take another dispersion."
         )
         raise ValueError(msg)
     # Cells of a minibatch: one is enough beside others, three where they are all there is (batch normalisation).

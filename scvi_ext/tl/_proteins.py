@@ -16,9 +16,11 @@ from scanpy import logging as logg
 
 from scvi_ext import models, results
 from scvi_ext._contract import Capability
-from scvi_ext._errors import listing, whole_number
+from scvi_ext._errors import listing, warn, whole_number
 from scvi_ext.fitted import Fitted, in_batch, require
 from scvi_ext.functional.proteins import background_mean, components
+
+_PLAUSIBLE = 5  # times the largest count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -164,6 +166,23 @@ def log_imputed(panel: Panel | None) -> None:
         )
 
 
+def _warn_of_implausible(panel: Panel, values: np.ndarray) -> None:
+    """Warn where imputed ``values`` (n, P) are far above every count of the protein, in the cells that are asked about.
+
+    A latent space in which batches lie apart is decoded where nothing was learned.
+    """
+    store = panel.fitted.store
+    measured = panel.measured[store.batch_index][:, panel.columns]
+    largest = np.where(measured, store.protein[:, panel.columns], 0).max(0)
+    implausible = ~measured & ~(values <= _PLAUSIBLE * largest) & (largest > 0)
+    if panel.donors and implausible.any():
+        warn(
+            f"Imputed proteins of {implausible.any(1).sum()} of {(~measured).any(1).sum()} cells are more than "
+            f"{_PLAUSIBLE} times the largest count of that protein: the batches have not come together in the latent "
+            "space. Fit longer, tl.fit(..., max_epochs=...), or with fewer latent units."
+        )
+
+
 def efficiency(module: nn.Module, cells: Minibatch) -> Tensor | float:
     """The factor of the counts of each protein in the batch of each cell, (B, P); 1 for a model without."""
     return 1.0 if module.log_efficiency is None else torch.exp(module.log_efficiency[cells.batch_index])
@@ -242,6 +261,8 @@ def read_proteins(
     if not return_mean:
         logg.info("    finished", time=start)
         return values
+    if imputes:
+        _warn_of_implausible(panel, values)
     results.write_proteins(adata, slot, values, fitted.rows, panel.names)
     logg.info("    finished", time=start, deep=f"added\n    {slot!r}, {what} (adata.obsm)")
     return adata if copy else None

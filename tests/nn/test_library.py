@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from scvi_ext._contract import Minibatch
-from scvi_ext.nn.encoders import Encoder
+from scvi_ext.nn.encoders import Encoder, EncoderInput
 from scvi_ext.nn.library import LatentLibrary, ObservedLibrary, SizeFactorLibrary, make_library
 
 B, G = 6, 5
@@ -28,7 +28,7 @@ def encoder() -> Encoder:
 def test_observed_is_the_log_of_the_sum(cells):
     library = ObservedLibrary()
     assert_close(library.point(cells), torch.log(cells.x.sum(1, keepdim=True)), **FLOAT32)
-    assert library.posterior(cells, (cells.x,)) is None
+    assert library.posterior(cells, EncoderInput(cells.x)) is None
     assert torch.equal(library.kl(None, cells), torch.zeros(B))
 
 
@@ -40,7 +40,7 @@ def test_an_empty_cell_has_a_finite_library(cells):
 def test_size_factor_is_the_library(cells):
     library = SizeFactorLibrary()
     assert_close(library.point(cells), torch.log(cells.size_factor).reshape(B, 1), **FLOAT32)
-    assert library.posterior(cells, (cells.x,)) is None
+    assert library.posterior(cells, EncoderInput(cells.x)) is None
     assert torch.equal(library.kl(None, cells), torch.zeros(B))
 
 
@@ -49,7 +49,7 @@ def test_latent_has_the_prior_of_each_cells_batch(cells):
     prior = library.prior(cells)
     assert_close(prior.loc.squeeze(1), torch.tensor(MEANS)[cells.batch_index], **FLOAT32)
     assert_close(prior.scale.squeeze(1) ** 2, torch.tensor(VARS)[cells.batch_index], **FLOAT32)
-    q = library.posterior(cells, (cells.x,))
+    q = library.posterior(cells, EncoderInput(cells.x))
     assert q.loc.shape == q.scale.shape == (B, 1)
     expected = kl_divergence(Normal(*q), Normal(*prior)).squeeze(1)
     assert_close(library.kl(q, cells), expected, **FLOAT32)
@@ -76,3 +76,8 @@ def test_only_a_latent_library_has_parameters(kind, expected):
     library = make_library(kind, encoder, MEANS, VARS)
     assert type(library) is expected
     assert (len(list(library.parameters())) > 0) == (kind == "latent")
+
+
+def test_a_latent_library_starts_at_the_mean_of_its_prior(cells):
+    q = LatentLibrary(encoder(), MEANS, VARS).posterior(cells, EncoderInput(cells.x))
+    assert_close(q.loc, torch.full((B, 1), sum(MEANS) / len(MEANS)), rtol=0, atol=1.0)

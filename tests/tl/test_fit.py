@@ -440,11 +440,15 @@ def test_a_keyword_of_one_model_is_unknown_to_another(registered):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"model": "SCVI"}, ValueError, r"model='SCVI' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'vaec'"),
+        (
+            {"model": "SCVI"},
+            ValueError,
+            r"model='SCVI' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'totalvi', 'vaec'",
+        ),
         (
             {"model": "linear_scvi"},
             ValueError,
-            r"model='linear_scvi' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'vaec'\.",
+            r"model='linear_scvi' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'totalvi', 'vaec'\.",
         ),
         ({"key_added": "a/b"}, ValueError, r"key_added='a/b' must be a name, not"),
         ({"key_added": ""}, ValueError, r"key_added='' must be a name"),
@@ -520,7 +524,7 @@ def test_every_cell_needs_a_label_for_a_dispersion_per_label(counts):
     counts.obs.iloc[:7, counts.obs.columns.get_loc("cell_type")] = "unknown"
     sx.pp.setup_anndata(counts, labels_key="cell_type", unlabeled_category="unknown")
     with pytest.raises(
-        ValueError, match=r"7 of 201 cells have no label, and dispersion='gene-label' needs one for every"
+        ValueError, match=r"7 of 201 cells have no label, and a dispersion by label needs one for every"
     ):
         sx.tl.fit(counts, dispersion="gene-label", **QUICK)
     assert "fits" not in counts.uns["scvi_ext"]
