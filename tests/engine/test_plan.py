@@ -88,6 +88,11 @@ def test_steps_grow_with_the_root_of_the_cells_and_passes_stay_in_bounds():
     assert epochs == {100: 40, 10_000: 7, 40_000: 4, 10**6: 4}  # 7 sqrt(n) steps of 100 cells, 4 to 40 passes
 
 
+def test_a_model_may_go_over_few_cells_more_often():
+    sizes = {n: plan(n_cells=n, n_train=n, batch_size=100, most_epochs=100).n_epochs for n in (100, 1000, 10_000)}
+    assert sizes == {100: 70, 1000: 23, 10_000: 7}  # 7 sqrt(n) steps of 100 cells
+
+
 @pytest.mark.parametrize("effort", [7.0, 16.0])
 def test_many_cells_are_taken_256_at_a_time_in_as_many_passes_at_a_rate_that_fits(effort):
     few, many = (plan(n_cells=10**5, n_train=n, effort=effort) for n in (14_999, 15_000))
@@ -100,12 +105,15 @@ def test_many_cells_are_taken_256_at_a_time_in_as_many_passes_at_a_rate_that_fit
     assert plan("scvi-tools", n_train=15_000).batch_size == 128
 
 
-@pytest.mark.parametrize("model", ["scvi", "ldvae"])
+@pytest.mark.parametrize("model", ["scvi", "ldvae", "totalvi"])
 def test_the_plan_is_that_of_the_model(model, registered):
     spec = sx.models.get(model)
+    registered.obsm["proteins"] = np.ones((registered.n_obs, 3))
+    sx.pp.setup_anndata(registered, batch_key="batch", protein_obsm_key="proteins")
     sx.tl.fit(registered, model=model, batch_size=20, n_latent=2, progress=False)
     found = registered.uns["scvi_ext"]["fits"][model]["run"]["plan"]
-    expected = plan(n_cells=registered.n_obs, batch_size=20, peak_lr=spec.peak_lr, effort=spec.effort)
+    pace = {"peak_lr": spec.peak_lr, "effort": spec.effort, "most_epochs": spec.most_epochs}
+    expected = plan(n_cells=registered.n_obs, batch_size=20, **pace)
     assert (found["n_epochs"], found["lr"]) == (expected.n_epochs, expected.lr)
 
 

@@ -419,6 +419,14 @@ def test_an_adata_that_does_not_suit_is_refused_and_left_alone(adata, spoil, err
     assert_untouched(spoiled, before)
 
 
+def test_an_adata_without_raw_counts_is_refused(adata):
+    adata.X = np.log1p(adata.X)
+    before = copy.deepcopy(adata)
+    with pytest.raises(ValueError, match="not raw counts"):
+        sx.io.read_scvi_tools(COVARIATES, adata)
+    assert_untouched(adata, before)
+
+
 def test_what_was_written_is_logged(adata):
     log = io.StringIO()
     settings = sc.settings.verbosity, sc.settings.logfile

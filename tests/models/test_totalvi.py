@@ -651,3 +651,14 @@ def test_what_is_missing_is_said(seen):
     with pytest.raises(ValueError, match="totalVI needs proteins: register their counts"):
         models.TOTALVI(G, 0)
     assert models.TOTALVI(G, P).eval().inference(x, y)["z"].shape == (B, 20)
+
+
+def test_the_background_starts_where_the_data_have_theirs():
+    module = build("totalvi").eval()
+    cells = make_cells()
+    with torch.no_grad():
+        background = module.decode_protein(torch.zeros(N_CELLS, module.n_latent).double(), cells).background.loc
+    means = torch.tensor(PROTEINS.background_means, dtype=torch.float64)
+    start = (means * MASK).sum(0) / MASK.sum(0)
+    assert_close(module.decoder.py_back_mean_log_alpha.layers[0].linear.bias.detach(), start, **FLOAT32)
+    assert ((background.mean(0) - start).abs() < 1.0).all()  # what the initial weights add

@@ -411,6 +411,7 @@ def test_registered_size_factors_are_used_by_default_and_on_request(counts):
     ("name", "answer"),
     [
         ("gene_likelihood", "it is called reconstruction_loss here"),
+        ("gene_dispersion", "it is called dispersion here"),
         ("n_epochs", "it is called max_epochs here"),
         ("use_gpu", "it is called device here"),
         ("accelerator", "it is called device here"),

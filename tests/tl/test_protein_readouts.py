@@ -596,3 +596,14 @@ def test_the_bound_is_that_of_genes_and_measured_proteins(cite):
     of_proteins = module.log_py(py, cells, loc + scale * noise[:, 4:-1])
     genes = module.log_px(z, cells, module.library.point(cells))
     np.testing.assert_allclose(error.obs["x"], -(of_proteins + genes).detach().numpy(), rtol=1e-5)
+
+
+def test_implausible_imputation_is_warned_of(cite):
+    table("get_protein_expression", cite)  # warnings are errors: there is none
+    state = cite.uns["scvi_ext"]["fits"]["totalvi"]["state"]
+    state["decoder.py_back_mean_log_alpha.layers.0.linear.bias"] = np.full(6, 20.0, np.float32)  # e^20 counts
+    with pytest.warns(sx.ScviExtWarning, match=r"of 80 of 80 cells are more than 5 times.*max_epochs"):
+        found = table("get_protein_expression", cite, include_background=True)
+    assert found.shape == (120, 6)
+    measured = cite.obs["batch"] == "batch_1"
+    table("get_protein_expression", cite, indices=measured.to_numpy())  # nothing is imputed there
