@@ -18,6 +18,7 @@ PER_DOUBLING = 32
 SPLIT_VARIANCE = 1 / 6
 
 _LANES = 16  # float32 numbers in the widest vectors
+_STRETCH = 64  # bins that are gone over as a whole: the fewest that leave nothing over where loops are unrolled
 
 # What is known of a change, in the order of the last axis of what `changes` returns.
 OUTPUTS = ("up", "down", "mean", "variance", "median", "low", "high", "up_variance", "down_variance", "mean_variance")
@@ -95,54 +96,115 @@ def changes(n_parts, histograms, totals, shares, draws, left, right, slots, frac
         Monte-Carlo variances of the probabilities of a change up and down and of the mean.
     """
     n_genes = histograms.shape[2]
+    split = spread + fractions * (1 - fractions)  # the move splits once more
     for part in prange(n_parts):
         first, stop = part * n_genes // n_parts, (part + 1) * n_genes // n_parts
         _changes(
-            histograms, totals, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs, first, stop
+            histograms, totals, shares, draws, left, right, slots, fractions, split, delta, tail, outputs, first, stop
         )
 
 
 @kernel
 def _changes(
-    histograms, totals, shares, draws, left, right, slots, fractions, spread, delta, tail, outputs, first, stop
+    histograms, totals, shares, draws, left, right, slots, fractions, split, delta, tail, outputs, first, stop
 ):
     n_batches, n_sets, _, n_bins = histograms.shape
-    mixed = np.zeros(n_bins, np.float32)
+    of_gene = np.empty((n_batches, n_sets, n_bins + _STRETCH), np.float32)
+    mixed_a, mixed_b = np.empty(n_bins + _STRETCH, np.float32), np.empty(n_bins + _STRETCH, np.float32)
     # What is longer than there are bins stays zero: `_subtract` goes over whole vectors, and four bins of a at a time.
     a, b = np.zeros(n_bins + 4, np.float32), np.zeros(n_bins + 4, np.float32)
+    below_a, below_b = np.empty(n_bins + 2), np.empty(n_bins + 2)
+    reversed_b = np.zeros(n_bins + 3 + 2 * _LANES, np.float32)
     difference = np.zeros(2 * n_bins + 3 + 2 * _LANES, np.float32)  # of j - n_bins bins
-    ends = np.zeros((n_batches, n_sets, 2), np.int64)
+    weights_a, weights_b = left[:, None] / totals, right[:, None] / totals  # (C, D, S)
+    n_a, n_b = _effective(left, draws), _effective(right, draws)
     for g in range(first, stop):
-        for batch in range(n_batches):
-            for s in range(n_sets):
-                ends[batch, s, 0], ends[batch, s, 1] = _ends(histograms[batch, s, g], 0, n_bins - 1)
+        start, n = _gather(histograms, g, of_gene)
         for c in range(len(left)):
             out = outputs[c, g]
             out[:] = 0
-            lowest, highest, added = 2 * n_bins + 1, 0, 0.0
-            move = (slots[c], fractions[c], spread[c])
+            lowest, highest = 2 * n_bins + 1, 0
+            w0, w1 = slots[c, start], slots[c, start + n - 1] + 1
             for batch in range(n_batches):
                 share = shares[batch]
-                of_gene = histograms[batch, :, g]
-                weights_a, weights_b = left[c] / totals[batch], right[c] / totals[batch]
-                a0, a1, split_a = _mixture(of_gene, ends[batch], weights_a, move, mixed, a)
-                b0, b1, split_b = _mixture(of_gene, ends[batch], weights_b, move, mixed, b)
+                _mix(of_gene[batch], n, weights_a[c, batch], mixed_a)
+                _mix(of_gene[batch], n, weights_b[c, batch], mixed_b)
+                added = _move(mixed_a, mixed_b, n, slots[c, start:], fractions[c, start:], split[c, start:], a, b)
+                (a0, a1), (b0, b1) = _ends(a, w0, w1), _ends(b, w0, w1)
+                mean, variance_a, variance_b = _cumulate(a, b, w0, w1, below_a, below_b)
+                below_a[a1 + 1] = below_b[b1 + 1] = 1
                 lowest, highest = min(lowest, a0 - b1 + n_bins), max(highest, a1 - b0 + n_bins)
-                added += share * (split_a + split_b)
-                _subtract(difference[n_bins - b1 :], np.float32(share), a, a0, a1, b[b0 : b1 + 1][::-1])
-                n_a, n_b = _effective(left[c], draws[batch]), _effective(right[c], draws[batch])
-                up, down = _tails(a, a0, a1, b, b0, b1, delta[c], n_a, n_b, share, out)
-                out[0] += share * up
-                out[1] += share * down
-                a[a0 : a1 + 1] = 0
-                b[b0 : b1 + 1] = 0
+                _subtract(difference[n_bins - b1 :], np.float32(share), a, a0, a1, b, b0, b1, reversed_b)
+                draws_of = n_a[c, batch], n_b[c, batch]
+                _tails(a, a0, a1, below_a, b, b0, b1, below_b, delta[c], draws_of, share, out)
+                out[2] += share * mean
+                out[3] += share * (variance_a + variance_b - added + mean**2)
+                out[9] += share**2 * (variance_a / draws_of[0] + variance_b / draws_of[1])
+                for i in range(w0, w1 + 1):
+                    a[i] = b[i] = 0
             for i in range(2):  # float32 masses add up to 1 within their roundings
                 out[i] = min(max(out[i], 0.0), 1.0)
-            _moments(difference, lowest, highest, n_bins, added, out)
-            out[4] = _quantile(difference, lowest, highest, 0.5) - n_bins
-            out[5] = _quantile(difference, lowest, highest, tail) - n_bins
-            out[6] = _quantile(difference, lowest, highest, 1 - tail) - n_bins
-            difference[lowest : highest + 1] = 0
+            out[3] = max(out[3] - out[2] ** 2, 0.0)
+            _quantiles(difference, lowest, highest, tail, n_bins, out)
+            for i in range(lowest, highest + 1):
+                difference[i] = 0
+
+
+@kernel
+def _effective(shares, draws):
+    """Draws that mixtures of sets are worth, (C, D): a mean over one has the variance of one over so many."""
+    per_draw = np.zeros((len(shares), len(draws)))
+    for c in range(len(shares)):
+        for batch in range(len(draws)):
+            for s in range(draws.shape[1]):
+                if shares[c, s] != 0:
+                    per_draw[c, batch] += shares[c, s] ** 2 / draws[batch, s]
+    return 1 / per_draw
+
+
+@kernel
+def _gather(histograms, g, of_gene):
+    """Copy the bins of a gene that have mass in any set: which is the first of them, and how many they are.
+
+    Zeros follow, up to whole stretches.
+    """
+    n_batches, n_sets, _, n_bins = histograms.shape
+    lowest, highest = n_bins - 1, 0
+    for batch in range(n_batches):
+        for s in range(n_sets):
+            first, last = _filled(histograms[batch, s, g])
+            if histograms[batch, s, g, first] != 0:  # a set may have no draws
+                lowest, highest = min(lowest, first), max(highest, last)
+    lowest = min(lowest, highest)
+    n = highest + 1 - lowest
+    for batch in range(n_batches):
+        for s in range(n_sets):
+            of_gene[batch, s, :n] = histograms[batch, s, g, lowest : highest + 1]
+            of_gene[batch, s, n : _whole(n)] = 0
+    return lowest, n
+
+
+@kernel
+def _filled(histogram):
+    """The first and the last bin with mass; what is empty is passed by in stretches."""
+    widest_vectors()
+    bits = histogram.view(
+        np.uint32
+    )  # zero where the number is: unlike sums of numbers, these may be found in any order
+    lowest, highest = 0, len(bits) - 1
+    while lowest + _STRETCH <= highest and _any(bits[lowest : lowest + _STRETCH]) == 0:
+        lowest += _STRETCH
+    while highest - _STRETCH >= lowest and _any(bits[highest + 1 - _STRETCH : highest + 1]) == 0:
+        highest -= _STRETCH
+    return _ends(bits, lowest, highest)
+
+
+@fast
+def _any(bits):
+    found = np.uint32(0)
+    for k in range(len(bits)):
+        found |= bits[k]
+    return found
 
 
 @fast
@@ -155,42 +217,72 @@ def _ends(histogram, lowest, highest):
     return lowest, highest
 
 
+@fast
+def _whole(n):
+    return (n + _STRETCH - 1) // _STRETCH * _STRETCH
+
+
 @kernel
-def _mixture(of_gene, ends, weights, move, mixed, moved):
-    """The mixture of histograms (S, K) with a pseudocount added: its ends, and the variance that splitting added."""
+def _mix(of_gene, n, weights, mixed):
+    """The mixture of ``n`` bins of histograms (S, K)."""
     widest_vectors()
-    slots, fractions, spread = move
-    lowest, highest = len(mixed), 0
+    whole = _whole(n)
+    for k in range(whole):
+        mixed[k] = 0
     for s in range(len(weights)):
         if weights[s] != 0:
             weight, histogram = np.float32(weights[s]), of_gene[s]
-            lowest, highest = min(lowest, ends[s, 0]), max(highest, ends[s, 1])
-            into, filled = mixed[ends[s, 0] : ends[s, 1] + 1], histogram[ends[s, 0] : ends[s, 1] + 1]
-            for k in range(len(filled)):
-                into[k] += weight * filled[k]
-    split = 0.0
-    for k in range(lowest, highest + 1):
-        mass = mixed[k]
-        above = mass * fractions[k]
-        moved[slots[k]] += mass - above
-        moved[slots[k] + 1] += above
-        split += mass * spread[k] + above * (1 - fractions[k])
-        mixed[k] = 0
-    lowest, highest = _ends(moved, slots[lowest], slots[highest] + 1)
-    return lowest, highest, split
+            for k in range(whole):
+                mixed[k] += weight * histogram[k]
+
+
+@fast
+def _move(mixed_a, mixed_b, n, slots, fractions, split, a, b):
+    """Add the pseudocount: ``n`` bins to where it moves them, in ``a`` and ``b``. Returns what splitting adds to both.
+
+    Both sides at once, here and in `_cumulate`: while one sum waits for its last addition, the other goes on.
+    """
+    added = 0.0
+    for k in range(n):
+        slot, fraction, mass_a, mass_b = slots[k], fractions[k], mixed_a[k], mixed_b[k]
+        above_a, above_b = mass_a * fraction, mass_b * fraction
+        a[slot] += mass_a - above_a
+        b[slot] += mass_b - above_b
+        a[slot + 1] += above_a
+        b[slot + 1] += above_b
+        added += (mass_a + mass_b) * split[k]
+    return added
+
+
+@fast
+def _cumulate(a, b, w0, w1, below_a, below_b):
+    """Mass below the lower edge of each bin from w0 to w1. Returns the difference of the means, and the variances."""
+    total_a = total_b = first_a = first_b = second_a = second_b = 0.0
+    for i in range(w0, w1 + 1):
+        below_a[i], below_b[i] = total_a, total_b
+        k, mass_a, mass_b = float(i - w0), float(a[i]), float(b[i])
+        total_a, total_b = total_a + mass_a, total_b + mass_b
+        first_a, first_b = first_a + mass_a * k, first_b + mass_b * k
+        second_a, second_b = second_a + mass_a * k * k, second_b + mass_b * k * k
+    mean_a, mean_b = first_a / total_a, first_b / total_b
+    variance_a, variance_b = second_a / total_a - mean_a**2, second_b / total_b - mean_b**2
+    return mean_a - mean_b, max(variance_a, 0.0), max(variance_b, 0.0)
 
 
 @kernel
-def _subtract(difference, share, a, a0, a1, reversed_b):
-    """Add all pairs of ``a`` and ``b`` to the bins of their difference, b in the order of falling bins.
+def _subtract(difference, share, a, a0, a1, b, b0, b1, reversed_b):
+    """Add all pairs of ``a`` and ``b`` to the bins of their difference, from that of the last bin of ``b`` on.
 
     Four bins of ``a`` at a time, so that the difference is touched less often.
     """
     widest_vectors()
-    n = (len(reversed_b) + 2) // _LANES * _LANES + _LANES
-    padded = np.zeros(n + 3, np.float32)
-    padded[3 : 3 + len(reversed_b)] = reversed_b
-    b_0, b_1, b_2, b_3 = padded[3:], padded[2:], padded[1:], padded
+    n_b = b1 + 1 - b0
+    n = (n_b + 2) // _LANES * _LANES + _LANES
+    for k in range(n_b):
+        reversed_b[3 + k] = b[b1 - k]
+    for k in range(3 + n_b, 3 + n):
+        reversed_b[k] = 0
+    b_0, b_1, b_2, b_3 = reversed_b[3:], reversed_b[2:], reversed_b[1:], reversed_b
     for i in range(a0, a1 + 1, 4):
         a_0, a_1, a_2, a_3 = share * a[i], share * a[i + 1], share * a[i + 2], share * a[i + 3]
         row = difference[i:]
@@ -198,76 +290,49 @@ def _subtract(difference, share, a, a0, a1, reversed_b):
             row[k] += (a_0 * b_0[k] + a_1 * b_1[k]) + (a_2 * b_2[k] + a_3 * b_3[k])
 
 
-@fast
-def _effective(shares, draws):
-    """Draws that a mixture of sets is worth: a mean over it has the variance of one over so many."""
-    per_draw = 0.0
-    for s in range(len(shares)):
-        if shares[s] != 0:
-            per_draw += shares[s] ** 2 / draws[s]
-    return 1 / per_draw
-
-
 @kernel
-def _tails(a, a0, a1, b, b0, b1, delta, n_a, n_b, share, out):
-    """P(a - b >= delta) and P(a - b <= -delta), and to ``out`` the Monte-Carlo variances of these and of the mean.
+def _tails(a, a0, a1, below_a, b, b0, b1, below_b, delta, draws, share, out):
+    """Add P(a - b >= delta) and P(a - b <= -delta) to ``out``, and the Monte-Carlo variances of both.
 
     The variance of a mean over all pairs is that of its conditional means, given one or the other member (Hoeffding).
     """
-    up, up2_a, down, down2_a, variance_a = _beyond(a, a0, a1, b, b0, b1, delta)
-    _, down2_b, _, up2_b, variance_b = _beyond(b, b0, b1, a, a0, a1, delta)
-    weight = share * share
-    out[7] += weight * (max(up2_a - up * up, 0.0) / n_a + max(up2_b - up * up, 0.0) / n_b)
-    out[8] += weight * (max(down2_a - down * down, 0.0) / n_a + max(down2_b - down * down, 0.0) / n_b)
-    out[9] += weight * (variance_a / n_a + variance_b / n_b)
-    return up, down
+    up, up2_a = _beyond(a, a0, a1, below_a, b, b0, b1, below_b, delta, True)
+    down, down2_a = _beyond(a, a0, a1, below_a, b, b0, b1, below_b, delta, False)
+    _, down2_b = _beyond(b, b0, b1, below_b, a, a0, a1, below_a, delta, True)
+    _, up2_b = _beyond(b, b0, b1, below_b, a, a0, a1, below_a, delta, False)
+    out[0] += share * up
+    out[1] += share * down
+    out[7] += share**2 * (max(up2_a - up * up, 0.0) / draws[0] + max(up2_b - up * up, 0.0) / draws[1])
+    out[8] += share**2 * (max(down2_a - down * down, 0.0) / draws[0] + max(down2_b - down * down, 0.0) / draws[1])
 
 
 @fast
-def _beyond(x, x0, x1, y, y0, y1, delta):
-    """P(x - y >= delta) and P(x - y <= -delta), given x: mean and mean square over x of each, and the variance of x.
+def _beyond(x, x0, x1, below_x, y, y0, y1, below_y, delta, above):
+    """P(x - y >= delta), or if not ``above`` P(x - y <= -delta), given x: mean and mean square over x.
 
     The mass of a bin lies evenly over its width, so a border inside of it takes a share, the same one in every bin.
     """
-    n = y1 - y0 + 3
-    below = np.empty(n + 1)  # mass of y below the lower edge of bin y0 + j - 1
-    below[0] = below[1] = 0
-    for j in range(y1 - y0 + 1):
-        below[j + 2] = below[j + 1] + y[y0 + j]
-    below[n - 1] = below[n] = 1
-    low, high = np.floor(0.5 - delta), np.floor(0.5 + delta)
-    share_low, share_high = 0.5 - delta - low, 0.5 + delta - high
-    up = up2 = down = down2 = mean = square = 0.0
-    for i in range(x0, x1 + 1):
-        mass = x[i]
-        j = min(max(i - y0 + 1 + int(low), 0), n - 1)
-        u = below[j] + share_low * (below[j + 1] - below[j])
-        j = min(max(i - y0 + 1 + int(high), 0), n - 1)
-        d = 1 - below[j] - share_high * (below[j + 1] - below[j])
-        up, up2 = up + mass * u, up2 + mass * u * u
-        down, down2 = down + mass * d, down2 + mass * d * d
-        mean, square = mean + mass * i, square + mass * i * i
-    return up, up2, down, down2, max(square - mean**2, 0.0)
+    border = 0.5 - delta if above else 0.5 + delta
+    shift = int(np.floor(border))
+    first = min(max(y0 - shift, x0), x1 + 1)  # with the border among the bins of y, up to stop
+    stop = max(min(y1 + 1 - shift, x1 + 1), first)
+    certain, sign = (1 - below_x[stop], 1.0) if above else (below_x[first], -1.0)
+    share, base = sign * (border - shift), 0.0 if above else 1.0
+    mean = square = certain
+    for i in range(first, stop):
+        p = base + sign * below_y[i + shift] + share * y[i + shift]
+        mean += x[i] * p
+        square += x[i] * p * p
+    return mean, square
 
 
 @kernel
-def _moments(difference, lowest, highest, zero, added, out):
-    mean = 0.0
-    for j in range(lowest, highest + 1):
-        mean += difference[j] * (j - zero)
-    variance = 0.0
-    for j in range(lowest, highest + 1):
-        variance += difference[j] * (j - zero - mean) ** 2
-    out[2] = mean
-    out[3] = max(variance - added, 0.0)
-
-
-@kernel
-def _quantile(histogram, lowest, highest, q):
-    """Quantile in bins; the mass of a bin lies evenly over its width, half to either side of its centre."""
-    below = 0.0
-    for j in range(lowest, highest + 1):
-        if below + histogram[j] >= q:
-            return j - 0.5 + (q - below) / histogram[j]
-        below += histogram[j]
-    return highest + 0.5
+def _quantiles(histogram, lowest, highest, tail, zero, out):
+    """Quantiles in bins; the mass of a bin lies evenly over its width, half to either side of its centre."""
+    below, j = 0.0, lowest
+    for place, q in ((5, tail), (4, 0.5), (6, 1 - tail)):
+        while j <= highest and below + histogram[j] < q:
+            below += histogram[j]
+            j += 1
+        edge = j - 0.5
+        out[place] = (edge + (q - below) / histogram[j] if j <= highest else edge) - zero

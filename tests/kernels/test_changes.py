@@ -159,6 +159,27 @@ def test_standard_errors_are_those_of_repeated_draws(rng):
         assert found[variance].mean() / found[value].var() == pytest.approx(1, abs=0.13)
 
 
+def test_mass_counts_from_the_first_bin_to_the_last(rng):
+    """Histograms of any width, at either end, as one draw and as many; a third set lies anywhere."""
+    ranges = [(0, 1), (0, N_BINS - 1), (63, 64), (N_BINS - 2, N_BINS - 1), (0, 64), (200, 329)]  # from, below
+    a, b = (np.stack([rng.integers(*rng.permutation(ranges)[0], 40) for _ in range(30)], 1) for _ in "ab")
+    a[0], b[-1] = 0, N_BINS - 2
+    other = rng.integers(0, N_BINS - 1, (1, 30))
+    both = histogram(np.concatenate([a, other, b]), np.repeat([0, 1, 2], [40, 1, 40]), 3)[None]
+    found = describe(both, [1, 0, 0], [0, 0, 1], [[40, 1, 40]])
+    for g in range(30):
+        difference = pairs(a[:, g], b[:, g])
+        np.testing.assert_allclose(found["up"][g], (difference >= 11).mean(), atol=1e-5)
+        np.testing.assert_allclose(found["down"][g], (difference <= -11).mean(), atol=1e-5)
+        np.testing.assert_allclose(found["mean"][g], difference.mean(), atol=1e-3)
+        expected = max(difference.var() - 2 * changes.SPLIT_VARIANCE, 0)
+        np.testing.assert_allclose(found["variance"][g], expected, rtol=1e-5, atol=1e-3)
+        # A quantile may lie anywhere between two pairs that are next to each other.
+        for name, q in (("median", 0.5), ("low", 0.025), ("high", 0.975)):
+            lower, upper = (np.quantile(difference, q, method=method) for method in ("lower", "higher"))
+            assert lower - 0.6 <= found[name][g] <= upper + 0.6
+
+
 def test_results_do_not_depend_on_the_number_of_threads(rng):
     positions, sets = rng.uniform(0, N_BINS - 1.001, (50, 33)), rng.integers(0, 2, 50)
     n_threads, found = torch.get_num_threads(), []
