@@ -282,7 +282,7 @@ class CellStore:
                 registry.continuous_covariate_keys,
                 lambda keys: np.column_stack([numeric_column(obs, key) for key in keys]),
             ),
-            "protein": (registry.protein_obsm_key, lambda key: _protein(adata, registry, rows, batch_index)),
+            "protein": (registry.protein_obsm_key, lambda key: _protein(adata, registry, rows, batch_index, obs.index)),
         }
         batch_index = (
             codes(obs, registry.batch_key, registry.batch_categories)
@@ -293,7 +293,9 @@ class CellStore:
         matrix = counts_matrix(adata, registry.layer, "the layer that pp.setup_anndata registered")
         counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
         if registry.audit == "clean":
-            _check_still_counts(counts, registry, obs.index, adata.var_names)
+            slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
+            advice = "Keep the counts in a layer, and register that: pp.setup_anndata(adata, layer='counts', ...)."
+            _check_still_counts(counts, slot, "gene", obs.index, adata.var_names, advice)
         if genes is not None:
             counts = counts[:, genes]
             counts.sort_indices()
@@ -361,18 +363,19 @@ class CellStore:
         return cells, genes
 
 
-def _check_still_counts(counts: sp.csr_matrix, registry: Registry, cells: pd.Index, genes: pd.Index) -> None:
+def _check_still_counts(
+    counts: sp.csr_matrix, slot: str, feature: str, cells: pd.Index, names: Sequence[str], advice: str
+) -> None:
     """Raise a ValueError if counts that were raw when they were registered are not so any more."""
     values = counts.data
     if not all_counts(values, LARGEST_EXACT):
         bad = ~((values == np.rint(values)) & (values >= 0) & (values <= LARGEST_EXACT))
         first = int(np.argmax(bad))
         row = int(np.searchsorted(counts.indptr, first, side="right") - 1)
-        slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
         msg = (
             f"{slot} holds {bad.sum()} entries that are no counts, first {values[first]:.6g} in cell {cells[row]!r}, "
-            f"gene {genes[counts.indices[first]]!r}, and it held raw counts when it was set up: has it been normalised "
-            "since? Keep the counts in a layer, and register that: pp.setup_anndata(adata, layer='counts', ...)."
+            f"{feature} {names[counts.indices[first]]!r}, and it held raw counts when it was set up: has it been "
+            f"normalised since? {advice}"
         )
         raise ValueError(msg)
 
@@ -392,7 +395,9 @@ def _tuples(values: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, values.tolist()))
 
 
-def _protein(adata: AnnData, registry: Registry, rows: np.ndarray | None, batch_index: np.ndarray) -> np.ndarray:
+def _protein(
+    adata: AnnData, registry: Registry, rows: np.ndarray | None, batch_index: np.ndarray, cells: pd.Index
+) -> np.ndarray:
     """Counts of the registered proteins, (n, P): those that no batch of the cells has measured may be lacking."""
     check_proteins(adata, registry, batch_index)
     key, names = registry.protein_obsm_key, registry.protein_names
@@ -401,5 +406,11 @@ def _protein(adata: AnnData, registry: Registry, rows: np.ndarray | None, batch_
     if present:
         proteins = protein_matrix(adata, key, present)
         read = read_all(proteins) if rows is None else read_rows(proteins, rows)
+        if registry.audit == "clean":
+            advice = (
+                "Put the counts back, or keep them in an entry of their own and register that: pp.setup_anndata("
+                "adata, protein_obsm_key='protein_counts', ...); of a MuData in a layer, protein_layer='counts'."
+            )
+            _check_still_counts(read, f"adata.obsm[{key!r}]", "protein", cells, present, advice)
         counts[:, [names.index(name) for name in present]] = read.toarray()
     return counts
