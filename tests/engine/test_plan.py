@@ -108,7 +108,7 @@ def test_many_cells_are_taken_256_at_a_time_in_as_many_passes_at_a_rate_that_fit
 @pytest.mark.parametrize("model", ["scvi", "ldvae", "totalvi"])
 def test_the_plan_is_that_of_the_model(model, registered):
     spec = sx.models.get(model)
-    registered.obsm["proteins"] = np.ones((registered.n_obs, 3))
+    registered.obsm["proteins"] = np.random.default_rng(0).poisson(5.0, (registered.n_obs, 3))
     sx.pp.setup_anndata(registered, batch_key="batch", protein_obsm_key="proteins")
     sx.tl.fit(registered, model=model, batch_size=20, n_latent=2, progress=False)
     found = registered.uns["scvi_ext"]["fits"][model]["run"]["plan"]
