@@ -166,6 +166,17 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch):
     assert (again.obs["again_prediction"] == adata.obs["scanvi_prediction"]).all()
 
 
+def test_the_second_example_of_the_readme():
+    _, second, *_ = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    names: dict[str, object] = {"sx": sx}
+    exec(compile(second, "README.md", "exec"), names)
+    adata = names["adata"]
+    assert {"X_totalvi", "totalvi_protein", "totalvi_protein_foreground"} <= set(adata.obsm)
+    on_cells, foreground = adata.obsm["is_foreground"], adata.obsm["totalvi_protein_foreground"]
+    assert foreground.to_numpy()[on_cells.to_numpy()].mean() > 0.7
+    assert foreground.to_numpy()[~on_cells.to_numpy()].mean() < 0.3
+
+
 def test_real_counts_of_a_shared_file(shared_data):
     adata = sc.read_h5ad(shared_data / "pbmc3k.h5ad")
     sc.pp.filter_genes(adata, min_cells=300)
