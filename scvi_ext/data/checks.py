@@ -43,11 +43,11 @@ def audit_registered(adata: AnnData, registry: Registry) -> dict[str, CountAudit
         batch = pd.Categorical.from_codes(batch_index, categories=registry.batch_categories)
     slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
     audits = {slot: audit_counts(counts_matrix(adata, registry.layer), adata.var_names, adata.obs_names, batch)}
-    key = registry.protein_obsm_key
-    present = known_proteins(adata, key, registry.protein_names)
+    present = known_proteins(adata, registry)
     if present:
-        proteins = protein_matrix(adata, key, present)
-        audits[f"adata.obsm[{key!r}]"] = audit_counts(proteins, present, adata.obs_names, batch, feature="protein")
+        proteins = protein_matrix(adata, registry, present)
+        audit = audit_counts(proteins, present, adata.obs_names, batch, feature="protein")
+        audits[f"adata.obsm[{registry.protein_obsm_key!r}]"] = audit
     return audits
 
 

@@ -12,7 +12,7 @@ from scvi_ext._errors import listing, missing_key, no_cells
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
 from scvi_ext.data.proteins import missing_in_query
 from scvi_ext.data.registry import Registry, codes, column, known_codes, used_categories
-from scvi_ext.data.store import CellStore, check_unique_genes, known_proteins
+from scvi_ext.data.store import CellStore, check_unique_genes, known_proteins, protein_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +47,7 @@ def read_query(
     batch_name: str | None,
     labels_key: str | None,
     protein_obsm_key: str | None,
+    protein_names_uns_key: str | None,
     check: str,
 ) -> Query:
     """Read the cells of ``adata`` for a model of other cells, and check them as ``pp.setup_anndata`` does.
@@ -63,7 +64,7 @@ def read_query(
         Columns of a minibatch that the model reads.
     infers_labels
         Whether the model does without the labels of cells.
-    layer, batch_key, labels_key, protein_obsm_key
+    layer, batch_key, labels_key, protein_obsm_key, protein_names_uns_key
         Names in the query where they are others than in the reference.
     batch_name
         Of the one batch that all cells belong to, in place of a column.
@@ -95,6 +96,7 @@ def read_query(
         key: _extended(adata.obs, key, known)
         for key, known in zip(trained.categorical_covariate_keys, trained.covariate_categories, strict=True)
     }
+    protein_obsm_key = _protein_key(adata, trained, protein_obsm_key, protein_names_uns_key, "protein" in needed)
     registry = replace(
         trained,
         layer=layer,
@@ -102,7 +104,8 @@ def read_query(
         labels_key=labels_key,
         unlabeled_category=None if labels_key is None else trained.unlabeled_category,
         size_factor_key=trained.size_factor_key if "size_factor" in needed else None,
-        protein_obsm_key=_protein_key(adata, trained, protein_obsm_key, "protein" in needed),
+        protein_obsm_key=protein_obsm_key,
+        protein_names_uns_key=protein_names_uns_key or trained.protein_names_uns_key,
         protein_names=trained.protein_names if "protein" in needed else (),
         missing_proteins=(),
         batch_categories=batches,
@@ -218,25 +221,33 @@ def _labels(
     return key, known_codes(obs, key, trained.labels_categories), unknown
 
 
-def _protein_key(adata: AnnData, trained: Registry, key: str | None, needed: bool) -> str | None:
+def _protein_key(adata: AnnData, trained: Registry, key: str | None, names_key: str | None, needed: bool) -> str | None:
     """Where the query has its proteins, if it has any."""
-    if key is None:
-        return trained.protein_obsm_key if needed else None
     if not needed:
-        msg = f"protein_obsm_key={key!r} has no effect: the model of the reference reads no proteins."
-        raise ValueError(msg)
-    if key not in adata.obsm:
+        for name, value in {"protein_obsm_key": key, "protein_names_uns_key": names_key}.items():
+            if value is not None:
+                msg = f"{name}={value!r} has no effect: the model of the reference reads no proteins."
+                raise ValueError(msg)
+        return None
+    if key is not None and key not in adata.obsm:
         raise missing_key("adata.obsm", key, adata.obsm)
+    key = trained.protein_obsm_key if key is None else key
+    if names_key is not None and key not in adata.obsm:
+        msg = (
+            f"protein_names_uns_key={names_key!r} is given, and there is no adata.obsm[{key!r}]: name protein_obsm_key."
+        )
+        raise ValueError(msg)
+    if names_key is not None and isinstance(adata.obsm[key], pd.DataFrame):
+        msg = f"adata.obsm[{key!r}] is a table with names of its own: leave out protein_names_uns_key."
+        raise ValueError(msg)
     return key
 
 
 def _panel(adata: AnnData, registry: Registry) -> tuple[list[str], tuple[str, ...]]:
     """The proteins of the reference that the query has, and those that the reference does not know."""
-    key, names = registry.protein_obsm_key, registry.protein_names
-    present = known_proteins(adata, key, names)
-    table = adata.obsm[key] if present else None
-    columns = map(str, table.columns) if isinstance(table, pd.DataFrame) else ()
-    return present, tuple(name for name in columns if name not in names)
+    present = known_proteins(adata, registry)
+    own = protein_names(adata, registry.protein_obsm_key, registry.protein_names_uns_key) if present else None
+    return present, tuple(name for name in own or () if name not in registry.protein_names)
 
 
 def _missing_everywhere(registry: Registry, batch_codes: np.ndarray) -> tuple[str, ...]:
@@ -258,6 +269,7 @@ def _of_query(registry: Registry, obs: pd.DataFrame, batch_name: str | None, pro
     return replace(
         registry,
         protein_obsm_key=registry.protein_obsm_key if proteins else None,
+        protein_names_uns_key=registry.protein_names_uns_key if proteins else None,
         protein_names=tuple(proteins),
         missing_proteins=unmeasured if any(unmeasured) else (),
         batch_categories=batches,

@@ -22,6 +22,7 @@ _NOT_SLOTS = (
     "labels_categories",
     "covariate_categories",
     "protein_names",
+    "protein_names_uns_key",
     "missing_proteins",
     "audit",
 )
@@ -41,6 +42,7 @@ class Registry:
     categorical_covariate_keys: tuple[str, ...] = ()
     continuous_covariate_keys: tuple[str, ...] = ()
     protein_obsm_key: str | None = None
+    protein_names_uns_key: str | None = None  # of an array; None where a table has them, or there are none
     protein_names: tuple[str, ...] = ()
     batch_categories: tuple[str, ...] = ()  # () when batch_key is None
     labels_categories: tuple[str, ...] = ()  # without the unlabelled category
@@ -107,7 +109,8 @@ class Registry:
         if "labels" not in columns:
             read = replace(read, labels_key=None, unlabeled_category=None, labels_categories=())
         if "protein" not in columns:
-            read = replace(read, protein_obsm_key=None, protein_names=(), missing_proteins=())
+            unread = {"protein_obsm_key": None, "protein_names_uns_key": None}
+            read = replace(read, **unread, protein_names=(), missing_proteins=())
         return read
 
 

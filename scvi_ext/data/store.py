@@ -169,25 +169,55 @@ def _check_all(good: np.ndarray, obs: pd.DataFrame, key: str, what: str, advice:
         raise ValueError(msg)
 
 
-def protein_matrix(adata: AnnData, key: str, names: Sequence[str] = ()) -> Any:
-    """``obsm[key]`` as a matrix of cells x proteins; of a table, the columns ``names`` (by default all)."""
+def protein_names(adata: AnnData, key: str, names_key: str | None) -> tuple[str, ...] | None:
+    """Names of the columns of ``obsm[key]``: those of a table, or of an array in ``uns[names_key]``; None without."""
     if key not in adata.obsm:
         raise missing_key("adata.obsm", key, adata.obsm)
     proteins = adata.obsm[key]
-    if isinstance(proteins, pd.DataFrame):
-        proteins = proteins.set_axis(proteins.columns.astype(str), axis=1)
-        absent = [name for name in names if name not in proteins]
-        if absent:
-            msg = f"adata.obsm[{key!r}] lacks {len(absent)} of {len(names)} proteins: {listing(absent, 5)}."
-            raise KeyError(msg)
-        return _numbers(proteins[list(names)] if names else proteins, key)
     if len(proteins.shape) != 2:
         msg = f"adata.obsm[{key!r}] has shape {proteins.shape}; cells x proteins are needed."
         raise ValueError(msg)
-    if names and proteins.shape[1] != len(names):
-        msg = f"adata.obsm[{key!r}] has {proteins.shape[1]} columns; {len(names)} proteins were registered."
+    if isinstance(proteins, pd.DataFrame):
+        names = pd.Index(proteins.columns.astype(str))
+    elif names_key is None:
+        return None
+    elif names_key not in adata.uns:
+        missing = missing_key("adata.uns", names_key, adata.uns, f"the names of the proteins in adata.obsm[{key!r}]")
+        msg = f"{missing.args[0]} Columns of an array are found by these: adata.uns[{names_key!r}] = [...]."
+        raise KeyError(msg)
+    else:
+        names = pd.Index(list(map(str, adata.uns[names_key])), dtype=object)
+    if len(names) != proteins.shape[1]:
+        msg = (
+            f"adata.obsm[{key!r}] has {proteins.shape[1]} proteins and there are {len(names)} names in "
+            f"adata.uns[{names_key!r}]; one for each is needed."
+        )
         raise ValueError(msg)
-    return proteins
+    if not names.is_unique:
+        repeated = names[names.duplicated()].unique()
+        msg = f"The proteins in adata.obsm[{key!r}] have names more than once: {listing(repeated)}. Rename them."
+        raise ValueError(msg)
+    return tuple(names)
+
+
+def protein_matrix(adata: AnnData, registry: Registry, names: Sequence[str]) -> Any:
+    """The registered entry of ``obsm`` as a matrix of cells x proteins, in the order of ``names``."""
+    key = registry.protein_obsm_key
+    own = protein_names(adata, key, registry.protein_names_uns_key)
+    proteins = adata.obsm[key]
+    if own is None:
+        if proteins.shape[1] != len(names):
+            msg = f"adata.obsm[{key!r}] has {proteins.shape[1]} columns; {len(names)} proteins were registered."
+            raise ValueError(msg)
+        return proteins
+    absent = [name for name in names if name not in own]
+    if absent:
+        msg = f"adata.obsm[{key!r}] lacks {len(absent)} of {len(names)} proteins: {listing(absent, 5)}."
+        raise KeyError(msg)
+    order = [own.index(name) for name in names]
+    if isinstance(proteins, pd.DataFrame):
+        return _numbers(proteins.iloc[:, order], key)
+    return proteins if order == list(range(len(own))) else proteins[:, order]
 
 
 def _numbers(table: pd.DataFrame, key: str) -> np.ndarray:
@@ -204,26 +234,25 @@ def _numbers(table: pd.DataFrame, key: str) -> np.ndarray:
     )  # of several dtypes, or <NA>
 
 
-def known_proteins(adata: AnnData, key: str, names: Sequence[str]) -> list[str]:
-    """Those of the proteins ``names`` that ``obsm[key]`` has; none where there is no such entry."""
-    if key not in adata.obsm:
+def known_proteins(adata: AnnData, registry: Registry) -> list[str]:
+    """Those of the registered proteins that ``adata`` has; none where there is no such entry of ``obsm``."""
+    if registry.protein_obsm_key not in adata.obsm:
         return []
-    proteins = adata.obsm[key]
-    if not isinstance(proteins, pd.DataFrame):
-        protein_matrix(adata, key, names)  # as many columns as names
-        return list(names)
-    present = set(map(str, proteins.columns))
-    return [name for name in names if name in present]
+    own = protein_names(adata, registry.protein_obsm_key, registry.protein_names_uns_key)
+    if own is None:
+        protein_matrix(adata, registry, registry.protein_names)  # as many columns as names
+        return list(registry.protein_names)
+    present = set(own)
+    return [name for name in registry.protein_names if name in present]
 
 
 def check_proteins(adata: AnnData, registry: Registry, batch_index: np.ndarray) -> None:
     """Raise a KeyError for a registered protein that is lacking, unless no batch of the cells has measured it."""
-    key, names = registry.protein_obsm_key, registry.protein_names
-    present = known_proteins(adata, key, names)
+    names, present = registry.protein_names, known_proteins(adata, registry)
     for batch in np.unique(batch_index) if len(present) < len(names) else ():
         unmeasured = registry.missing_proteins[batch] if registry.missing_proteins and batch >= 0 else ()
         if not {*present, *unmeasured}.issuperset(names):
-            protein_matrix(adata, key, names)  # says what is lacking
+            protein_matrix(adata, registry, names)  # says what is lacking
 
 
 @dataclass(frozen=True)
@@ -401,10 +430,10 @@ def _protein(
     """Counts of the registered proteins, (n, P): those that no batch of the cells has measured may be lacking."""
     check_proteins(adata, registry, batch_index)
     key, names = registry.protein_obsm_key, registry.protein_names
-    present = known_proteins(adata, key, names)
+    present = known_proteins(adata, registry)
     counts = np.zeros((len(batch_index), len(names)), np.float32)
     if present:
-        proteins = protein_matrix(adata, key, present)
+        proteins = protein_matrix(adata, registry, present)
         read = read_all(proteins) if rows is None else read_rows(proteins, rows)
         if registry.audit == "clean":
             advice = (

@@ -10,13 +10,20 @@ import pandas as pd
 from anndata import AnnData
 
 from scvi_ext import results
-from scvi_ext._errors import listing, missing_key, one_of, warn
+from scvi_ext._errors import listing, one_of, warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
 from scvi_ext.data.matrix import read_all
 from scvi_ext.data.proteins import missing_proteins
 from scvi_ext.data.registry import Registry, codes, read_root, stale_slots
-from scvi_ext.data.store import check_in_memory, check_unique_genes, numeric_column, protein_matrix, size_factors
+from scvi_ext.data.store import (
+    check_in_memory,
+    check_unique_genes,
+    numeric_column,
+    protein_matrix,
+    protein_names,
+    size_factors,
+)
 from scvi_ext.modalities import is_mudata
 
 if TYPE_CHECKING:
@@ -65,6 +72,7 @@ def register(
         categorical_covariate_keys=categorical,
         continuous_covariate_keys=continuous,
         protein_obsm_key=protein_obsm_key,
+        protein_names_uns_key=protein_names_uns_key,
         protein_names=_protein_names(adata, protein_obsm_key, protein_names_uns_key),
         batch_categories=complete_categories(obs, batch_key) if batch_key is not None else (),
         labels_categories=_labels(obs, labels_key, unlabeled_category),
@@ -150,31 +158,19 @@ def _protein_names(adata: AnnData, key: str | None, names_key: str | None) -> tu
             msg = f"protein_names_uns_key={names_key!r} is given without protein_obsm_key; name the protein counts too."
             raise ValueError(msg)
         return ()
-    n_proteins = protein_matrix(adata, key).shape[1]
-    table = adata.obsm[key]
-    if isinstance(table, pd.DataFrame):
-        if names_key is not None:
-            msg = f"adata.obsm[{key!r}] is a table with names of its own: leave out protein_names_uns_key."
-            raise ValueError(msg)
-        names = tuple(map(str, table.columns))
-    elif names_key is None:
-        names = tuple(f"protein_{i}" for i in range(n_proteins))
-    elif names_key in adata.uns:
-        names = tuple(map(str, adata.uns[names_key]))
-    else:
-        raise missing_key("adata.uns", names_key, adata.uns)
-    if len(names) != n_proteins or n_proteins == 0:
-        msg = f"adata.obsm[{key!r}] has {n_proteins} proteins and there are {len(names)} names; one for each is needed."
+    names = protein_names(adata, key, names_key)
+    proteins = adata.obsm[key]
+    if names_key is not None and isinstance(proteins, pd.DataFrame):
+        msg = f"adata.obsm[{key!r}] is a table with names of its own: leave out protein_names_uns_key."
         raise ValueError(msg)
-    if len(set(names)) < len(names):
-        repeated = pd.Index(names)[pd.Index(names).duplicated()].unique()
-        msg = f"The proteins in adata.obsm[{key!r}] have names more than once: {listing(repeated)}. Rename them."
+    if proteins.shape[1] == 0:
+        msg = f"adata.obsm[{key!r}] has no proteins; leave out protein_obsm_key."
         raise ValueError(msg)
-    return names
+    return tuple(f"protein_{i}" for i in range(proteins.shape[1])) if names is None else names
 
 
 def _missing_proteins(adata: AnnData, registry: Registry, given: Any) -> tuple[tuple[str, ...], ...]:
-    counts = read_all(protein_matrix(adata, registry.protein_obsm_key, registry.protein_names)).toarray()
+    counts = read_all(protein_matrix(adata, registry, registry.protein_names)).toarray()
     batch_index = np.zeros(adata.n_obs, dtype=np.int64)
     if registry.batch_key is not None:
         batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)

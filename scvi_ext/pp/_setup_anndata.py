@@ -64,7 +64,8 @@ def setup_anndata(
         Entry of ``obsm`` with protein counts, cells x proteins: a table, an array or a sparse matrix. Cells without
         any protein count are allowed.
     protein_names_uns_key
-        Entry of ``uns`` with the names of the proteins, for an array; by default ``protein_0``, ``protein_1``, ...
+        Entry of ``uns`` with the names of the proteins, for an array, whose columns are then found by name like those
+        of a table. By default they are ``protein_0``, ``protein_1``, ... and found by position.
     protein_batch_mask
         Which proteins were measured in which batch. ``"auto"``: one without a count in any cell of a batch, but with
         counts elsewhere, was not measured there; models do not take its zeros for measurements, and impute it. None:

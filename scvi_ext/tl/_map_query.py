@@ -52,6 +52,7 @@ def map_query(
     batch_name: str | None = None,
     labels_key: str | None = None,
     protein_obsm_key: str | None = None,
+    protein_names_uns_key: str | None = None,
     check: Literal["error", "warn"] = "error",
     freeze: bool = True,
     max_epochs: int | None = None,
@@ -100,6 +101,9 @@ def map_query(
         those that are missing or unknown to it count as unlabelled.
     protein_obsm_key
         Entry of ``obsm`` with the proteins, if its name is not that of the reference.
+    protein_names_uns_key
+        Entry of ``uns`` with the names of the proteins, for an array, if its name is not that of the reference. An
+        array without names has the proteins of the reference in their order.
     check
         ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns.
     freeze
@@ -180,6 +184,7 @@ def map_query(
         batch_name=batch_name,
         labels_key=labels_key,
         protein_obsm_key=protein_obsm_key,
+        protein_names_uns_key=protein_names_uns_key,
         check=check,
     )
     module, masks = _operate(trained, spec, config, query)

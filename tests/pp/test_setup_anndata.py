@@ -384,6 +384,7 @@ def test_array_of_proteins(adata):
         assert read_setup(adata).protein_names == ("protein_0", "protein_1", "protein_2", "protein_3")
         setup_anndata(adata, protein_obsm_key="protein", protein_names_uns_key="names")
         assert read_setup(adata).protein_names == ("a", "b", "c", "d")
+        assert read_setup(adata).protein_names_uns_key == "names"
 
 
 def test_protein_names_that_do_not_fit(adata):
@@ -395,7 +396,9 @@ def test_protein_names_that_do_not_fit(adata):
     adata.uns["names"] = ["a", "b", "a", "c"]
     refused(adata, ValueError, "have names more than once: 'a'", **arguments)
     del adata.uns["names"]
-    refused(adata, KeyError, r"'names' is not in adata\.uns", **arguments)
+    refused(adata, KeyError, r"'names', the names of the proteins in .* is not in adata\.uns", **arguments)
+    adata.obsm["protein"] = np.ones((N, 0))
+    refused(adata, ValueError, r"adata\.obsm\['protein'\] has no proteins", protein_obsm_key="protein")
     refused(adata, ValueError, "given without protein_obsm_key", protein_names_uns_key="names")
 
 
