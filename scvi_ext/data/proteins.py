@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
-from scvi_ext._errors import listing, missing_key, one_of
+from scvi_ext._errors import listing, missing_key, one_of, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,17 @@ def missing_proteins(
         return ()
     if isinstance(given, Mapping):
         measured = _measured(given, names, batches)
+        _warn_of_ignored(counts, batch_index, names, batches, measured)
     else:
+        if not isinstance(given, str):
+            table = (
+                " Of a table of booleans, proteins x batches: dict(table)." if isinstance(given, pd.DataFrame) else ""
+            )
+            msg = (
+                f"protein_batch_mask is a {type(given).__name__}; 'auto', None or a mapping from batches to the names "
+                f"of the proteins measured there is needed.{table}"
+            )
+            raise TypeError(msg)
         one_of("protein_batch_mask", given, ("auto",))
         measured = np.stack([(counts[batch_index == k] > 0).any(0) for k in range(max(1, len(batches)))])
         measured |= ~measured.any(0)  # zero everywhere: nothing says that it was measured anywhere else
@@ -102,23 +113,61 @@ def _measured(given: Mapping[Any, Any], names: Sequence[str], batches: Sequence[
     for batch, of_batch in given.items():
         if str(batch) not in batches:
             raise missing_key("the batches of protein_batch_mask", str(batch), batches)
-        chosen = np.atleast_1d(np.asarray(of_batch))
-        if chosen.dtype == bool:
-            if chosen.shape != (len(names),):
-                msg = f"protein_batch_mask[{batch!r}] has {chosen.size} entries; there are {len(names)} proteins."
-                raise ValueError(msg)
-        else:
-            unknown = [name for name in map(str, chosen) if name not in names]
-            if unknown:
-                msg = f"protein_batch_mask[{batch!r}] names proteins that do not exist: {listing(unknown)}."
-                raise KeyError(msg)
-            chosen = np.isin(names, list(map(str, chosen)))
-        mask[batches.index(str(batch))] = chosen
+        mask[batches.index(str(batch))] = _of_batch(f"protein_batch_mask[{batch!r}]", of_batch, names)
     nowhere = [name for name, somewhere in zip(names, mask.any(0), strict=True) if not somewhere]
     if nowhere:
         msg = f"protein_batch_mask leaves proteins that were measured in no batch: {listing(nowhere)}. Drop them."
         raise ValueError(msg)
     return mask
+
+
+def _of_batch(what: str, given: Any, names: Sequence[str]) -> np.ndarray:
+    """Which proteins were measured in one batch, (P,)."""
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, Mapping | pd.DataFrame) or not np.iterable(given):
+        msg = f"{what} is a {type(given).__name__}; names of proteins, or a mask of them, are needed."
+        raise TypeError(msg)
+    if isinstance(given, pd.Series) and pd.api.types.is_bool_dtype(given.dtype):
+        own = given.index.astype(str)
+        if not own.is_unique or set(own) != set(names):
+            msg = (
+                f"{what} is a Series whose index {listing(own, 3)} is not the {len(names)} proteins, "
+                f"{listing(names, 3)}: reindex it, or pass a mask without names, .to_numpy()."
+            )
+            raise ValueError(msg)
+        if given.isna().any():
+            msg = f"{what} is missing for {listing(own[given.isna()], 3)}; True or False is needed: fillna(False)."
+            raise ValueError(msg)
+        given = given.set_axis(own)[list(names)]
+    chosen = np.asarray(list(given))
+    if chosen.dtype == bool:
+        if chosen.shape != (len(names),):
+            msg = f"{what} has {chosen.size} entries; there are {len(names)} proteins."
+            raise ValueError(msg)
+        return chosen
+    unknown = [name for name in map(str, chosen) if name not in names]
+    if unknown:
+        msg = f"{what} names proteins that do not exist: {listing(unknown)}."
+        raise KeyError(msg)
+    return np.isin(names, list(map(str, chosen)))
+
+
+def _warn_of_ignored(
+    counts: np.ndarray, batch_index: np.ndarray, names: Sequence[str], batches: Sequence[str], measured: np.ndarray
+) -> None:
+    """Warn of counts of proteins that were not measured, as a user says, in the batch that has them."""
+    found = []
+    for k, batch in enumerate(batches):
+        ignored = ((counts[batch_index == k] > 0) & ~measured[k]).sum(0)
+        if ignored.any():
+            of = listing(np.array(names)[ignored > 0], 5)
+            found.append(f"{ignored.sum()} entries of {of} in batch {batch!r}")
+    if found:
+        warn(
+            "protein_batch_mask says of proteins that they were not measured where adata has counts of them, which are "
+            f"ignored: {'; '.join(found)}."
+        )
 
 
 def background(counts: np.ndarray, batch_index: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -69,8 +69,9 @@ def setup_anndata(
     protein_batch_mask
         Which proteins were measured in which batch. ``"auto"``: one without a count in any cell of a batch, but with
         counts elsewhere, was not measured there; models do not take its zeros for measurements, and impute it. None:
-        all zeros are measurements. Or a mapping from batches to the names of the proteins that were measured there, or
-        to a mask of them; batches that are not named have measured all.
+        all zeros are measurements. Or a mapping from batches to the names of the proteins that were measured there (an
+        empty list: none), or to a mask of them; a Series of booleans is aligned by its index. Batches that are not
+        named have measured all. A warning says where this ignores counts.
     check
         ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns, for counts that are meant
         to be so: estimated (SoupX, CellBender) or downsampled to one depth.

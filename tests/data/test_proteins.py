@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from _tolerances import N_STANDARD_ERRORS
 
 import scvi_ext as sx
+from scvi_ext._errors import ScviExtWarning
 from scvi_ext.data.proteins import background, missing_proteins
 from scvi_ext.data.registry import Registry, read_setup
 from scvi_ext.data.store import CellStore
@@ -70,19 +71,48 @@ def test_without_batches_there_is_nothing_to_compare():
         {"b": ("CD3", "CD8", "CD19"), "a": NAMES},
         {"b": [True, False, True, True]},
         {"b": np.array([True, False, True, True])},
-        {"b": pd.Series([True, False, True, True])},
+        {"b": pd.Series([True, False, True, True]).to_numpy()},
+        {"b": pd.Series([True, True, False, True], index=["CD19", "CD8", "CD4", "CD3"])},
+        {"b": pd.Series([True, True, False, True], index=["CD19", "CD8", "CD4", "CD3"], dtype="boolean")},
+        {"b": pd.Series(["CD19", "CD8", "CD3"])},
+        {"b": {"CD19", "CD8", "CD3"}},
+        {"b": pd.Index(["CD19", "CD8", "CD3"])},
+        dict(pd.DataFrame({"b": [True, True, False, True]}, index=["CD19", "CD8", "CD4", "CD3"])),
     ],
     ids=str,
 )
 def test_a_mapping_says_what_was_measured(given):
-    assert missing(given) == ((), ("CD4",), ())
+    assert missing(given, b=("CD4",)) == ((), ("CD4",), ())
     # whatever the counts are
-    assert missing(given, a=("CD3",)) == ((), ("CD4",), ())
+    assert missing(given, a=("CD3",), b=("CD4", "CD8")) == ((), ("CD4",), ())
+
+
+def test_one_name_and_names_as_they_come():
+    for given in ("CD3", iter(["CD3"]), {"CD3": None}.keys()):
+        assert missing({"b": given}, b=NAMES[1:]) == ((), NAMES[1:], ())
+
+
+def test_counts_that_are_ignored_are_told():
+    # 10 cells in each batch
+    message = r"are ignored: 10 entries of 'CD4' in batch 'b'; 18 entries of 'CD8', 'CD19' in batch 'c'\.$"
+    values = counts(c=("CD3",))
+    values[[2, 5], 2] = 0  # cells of batch c
+    given = {"b": ["CD3", "CD8", "CD19"], "c": ["CD4"]}
+    with pytest.warns(ScviExtWarning, match=message) as caught:
+        found = missing_proteins(values, BATCH_INDEX, NAMES, BATCHES, given)
+    assert len(caught) == 1
+    assert found == ((), ("CD4",), ("CD3", "CD8", "CD19"))
+    with pytest.warns(ScviExtWarning, match="ignored: 40 entries of 'CD3', 'CD4', 'CD8', 'CD19' in batch 'c'"):
+        assert missing({"c": []}) == ((), (), NAMES)
 
 
 def test_batches_may_be_numbers():
     given = {1: ["CD3"]}
-    assert missing_proteins(counts(), BATCH_INDEX, NAMES, ("0", "1", "2"), given) == ((), ("CD4", "CD8", "CD19"), ())
+    assert missing_proteins(counts(b=NAMES[1:]), BATCH_INDEX, NAMES, ("0", "1", "2"), given) == (
+        (),
+        ("CD4", "CD8", "CD19"),
+        (),
+    )
 
 
 def test_a_mapping_that_hides_nothing():
@@ -90,7 +120,8 @@ def test_a_mapping_that_hides_nothing():
 
 
 def test_a_batch_may_have_measured_none():
-    assert missing({"c": []}) == missing({"c": [False] * 4}) == ((), (), NAMES)
+    assert missing({"c": []}, c=NAMES) == missing({"c": [False] * 4}, c=NAMES) == ((), (), NAMES)
+    assert missing({"c": pd.Series(dtype=object)}, c=NAMES) == ((), (), NAMES)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +136,19 @@ def test_a_batch_may_have_measured_none():
             "leaves proteins that were measured in no batch: 'CD8', 'CD19'. Drop them",
         ),
         ("all", ValueError, "protein_batch_mask='all' is not one of 'auto'"),
+        (["CD3"], TypeError, "protein_batch_mask is a list; 'auto', None or a mapping from batches"),
+        (np.ones((3, 4), bool), TypeError, "protein_batch_mask is a ndarray; .* is needed.$"),
+        (pd.DataFrame({"a": [True] * 4}, NAMES), TypeError, r"is a DataFrame; .* proteins x batches: dict\(table\)"),
+        ({"a": {"CD3": True}}, TypeError, r"protein_batch_mask\['a'\] is a dict; names of proteins, or a mask"),
+        ({"a": None}, TypeError, r"protein_batch_mask\['a'\] is a NoneType; names"),
+        ({"a": 3}, TypeError, r"protein_batch_mask\['a'\] is a int; names"),
+        ({"a": pd.Series([True] * 4)}, ValueError, r"index '0', '1', '2' and 1 more is not the 4 proteins, 'CD3'"),
+        ({"a": pd.Series([True] * 3, NAMES[:3])}, ValueError, r"index .* is not the 4 proteins, .*reindex it"),
+        (
+            {"a": pd.Series([True, None, True, True], NAMES, dtype="boolean")},
+            ValueError,
+            "is missing for 'CD4'; True or",
+        ),
     ],
 )
 def test_impossible_masks(given, error, message):
@@ -247,6 +291,7 @@ def test_a_model_without_proteins_sees_none_of_it():
 
 @pytest.mark.parametrize("kind", [pd.DataFrame, np.asarray, sp.csr_matrix, sp.csc_matrix])
 @pytest.mark.parametrize("given", ["auto", None, {"a": ["CD3"]}], ids=str)
+@pytest.mark.filterwarnings("ignore:protein_batch_mask says of proteins")
 def test_a_summary_has_the_panels_and_where_the_background_starts(kind, given):
     adata = table(kind, b=("CD4",))
     names = {} if kind is pd.DataFrame else {"protein_names_uns_key": "names"}

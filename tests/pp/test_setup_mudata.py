@@ -122,6 +122,7 @@ def test_pulled_columns():
     assert registry(mdata).batch_categories == ("d1", "d2")
 
 
+@pytest.mark.filterwarnings("ignore:protein_batch_mask says of proteins")
 def test_cells_in_other_orders(mdata):
     parts = draw()
     order = np.random.default_rng(0).permutation(N)
