@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -56,7 +57,18 @@ def report_audits(audits: dict[str, CountAudit], check: str, *, remarks: bool = 
     problems = [f"{slot}: {problem}" for slot, audit in audits.items() for problem in audit.problems()]
     if problems and check == "error":
         raise ValueError("These are not raw counts.\n- " + "\n- ".join(problems))
+    unusable = [f"{slot}: {problem}" for slot, audit in audits.items() for problem in _unusable(audit)]
+    if unusable:
+        raise ValueError("These are no counts, and check='warn' does not make them so.\n- " + "\n- ".join(unusable))
     remarked = [f"{slot}: {remark}" for slot, audit in audits.items() for remark in audit.remarks()] if remarks else []
     for message in problems + remarked:
         warn(message)
     return not problems
+
+
+def _unusable(audit: CountAudit) -> list[str]:
+    """What no estimate of proteins is either: of genes, a fit leaves out the cells that have it, and says so."""
+    if audit.feature != "protein":
+        return []
+    kinds = {"missing", "infinite", "negative"}
+    return replace(audit, offences=tuple(o for o in audit.offences if o.kind in kinds)).impossible_entries()

@@ -74,7 +74,8 @@ def setup_anndata(
         named have measured all. A warning says where this ignores counts.
     check
         ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns, for counts that are meant
-        to be so: estimated (SoupX, CellBender) or downsampled to one depth.
+        to be so: estimated (SoupX, CellBender) or downsampled to one depth. Proteins that are negative, infinite or NaN
+        are refused all the same.
     copy
         Return a copy that is set up, and leave ``adata`` as it is.
     **unknown
@@ -93,7 +94,7 @@ def setup_anndata(
     TypeError
         ``adata`` is no AnnData, a keyword does not exist, or the counts or a continuous covariate are not numeric.
     ValueError
-        The counts are no raw counts (with ``check="error"``), a column has missing or unusable values, or the
+        The counts are no raw counts (as ``check`` has it), a column has missing or unusable values, or the
         arguments contradict each other. Nothing has been written then.
 
     Examples

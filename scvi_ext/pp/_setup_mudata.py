@@ -83,7 +83,8 @@ def setup_mudata(
     protein_batch_mask
         Which proteins were measured in which batch, as in :func:`~scvi_ext.pp.setup_anndata`.
     check
-        ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns.
+        ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns, but refuses proteins that
+        are negative, infinite or NaN.
     copy
         Return a copy that is set up, and leave ``mdata`` as it is.
     **unknown

@@ -105,7 +105,8 @@ def map_query(
         Entry of ``uns`` with the names of the proteins, for an array, if its name is not that of the reference. An
         array without names has the proteins of the reference in their order.
     check
-        ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns.
+        ``"error"`` refuses numbers that do not look like raw counts; ``"warn"`` only warns, but refuses proteins that
+        are negative, infinite or NaN.
     freeze
         Whether everything but the parameters of new categories stays as it is. False trains the whole model further on
         the query alone; its latent space is then no longer that of the reference.

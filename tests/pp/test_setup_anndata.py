@@ -412,6 +412,19 @@ def test_bad_proteins_are_named(adata, value, message):
     refused(adata, ValueError, match, protein_obsm_key="protein")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, r"are missing \(NaN\)"), (-1, "are negative"), (np.inf, "are infinite")]
+)
+def test_proteins_that_no_estimate_can_be_are_refused_with_a_warning_only_too(adata, value, message):
+    adata.obsm["protein"] = adata.obsm["protein"] * 0.75
+    adata.obsm["protein"].loc["c8", "CD2"] = value
+    match = rf"(?s)check='warn' does not make them so\.\n- adata\.obsm\['protein'\]: 1 entries [^\n]*{message}[^\n]*$"
+    refused(adata, ValueError, match, protein_obsm_key="protein", check="warn")
+    adata.obsm["protein"].loc["c8", "CD2"] = 2.5
+    with pytest.warns(ScviExtWarning, match="look normalised or estimated"):
+        setup_anndata(adata, protein_obsm_key="protein", check="warn")
+
+
 def clr(proteins: pd.DataFrame) -> pd.DataFrame:
     return np.log1p(proteins.div(np.exp(np.log1p(proteins).mean(axis=1)), axis=0))
 

@@ -235,7 +235,11 @@ def test_proteins_that_are_no_counts(mdata):
     values[3, 1] = np.nan
     mdata["prot"].X = values
     refused(mdata, ValueError, r"are missing \(NaN\), in 1 of 4 proteins: 'CD1', first cell 'c3'.*fillna\(0\)")
-    with pytest.warns(sx.ScviExtWarning, match="are missing") as caught:
+    values[3, 1] = 2.5
+    mdata["prot"].X = values
+    with pytest.warns(
+        sx.ScviExtWarning, match="are not integers, in 1 of 4 proteins: 'CD1', first cell 'c3'"
+    ) as caught:
         setup_mudata(mdata, check="warn")
     assert {warning.filename for warning in caught} == {__file__}
 

@@ -230,6 +230,9 @@ def test_proteins_that_are_no_counts(pair):
     query.obsm[KEY] = np.log1p(query.obsm[KEY]).iloc[:, :2]
     with pytest.raises(ValueError, match=r"in 2 of 2 proteins: 'protein_0', 'protein_1'.*log1p, CLR"):
         sx.tl.map_query(query, reference)
+    query.obsm[KEY].iloc[3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"check='warn' does not make them so.*\n.*1 entries .*'protein_1'"):
+        sx.tl.map_query(query, reference, check="warn")
 
 
 def test_a_name_that_is_not_there(pair):
