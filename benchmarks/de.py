@@ -229,7 +229,10 @@ def compared(ours: pd.DataFrame, theirs: pd.DataFrame, n_samples: int) -> dict[s
 
 @same_threads()
 def speed(data: Data) -> pd.DataFrame:
-    """Seconds of all groups against the rest with the defaults of both sides (median of three), profiles decoded."""
+    """Seconds of all groups against the rest with the defaults of both sides, and profiles decoded.
+
+    The median of three calls, or of as many as two seconds hold.
+    """
     adata = data.shell()
     sx.pp.setup_anndata(adata, batch_key=data.batch_key)
     sx.tl.fit(adata, max_epochs=1, seed=0, progress=False)
@@ -261,7 +264,7 @@ def speed(data: Data) -> pd.DataFrame:
     rows = []
     for batch_correction, (method, call) in product((False, True), sides.items()):
         seconds = []
-        for _ in range(3):
+        while len(seconds) < 3 or sum(seconds) < 2:
             started = time.perf_counter()
             n_decoded = call(batch_correction)
             seconds.append(time.perf_counter() - started)
