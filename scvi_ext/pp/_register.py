@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from scvi_ext import results
 from scvi_ext._errors import listing, one_of, warn
-from scvi_ext._keys import UNS
+from scvi_ext._keys import UNS, column_name
 from scvi_ext.data.checks import audit_registered, complete_categories, report_audits
 from scvi_ext.data.matrix import read_all
 from scvi_ext.data.proteins import missing_proteins
@@ -166,7 +166,17 @@ def _protein_names(adata: AnnData, key: str | None, names_key: str | None) -> tu
     if proteins.shape[1] == 0:
         msg = f"adata.obsm[{key!r}] has no proteins; leave out protein_obsm_key."
         raise ValueError(msg)
-    return tuple(f"protein_{i}" for i in range(proteins.shape[1])) if names is None else names
+    if names is None:
+        return tuple(f"protein_{i}" for i in range(proteins.shape[1]))
+    columns = [column_name(name) for name in names]
+    alike = [name for name, column in zip(names, columns, strict=True) if columns.count(column) > 1]
+    if alike:
+        msg = (
+            f"The proteins in adata.obsm[{key!r}] include {listing(alike)}, which are called the same in tables of "
+            "results: h5ad and zarr take '/' for a path, so it becomes '|' there. Rename them."
+        )
+        raise ValueError(msg)
+    return names
 
 
 def _missing_proteins(adata: AnnData, registry: Registry, given: Any) -> tuple[tuple[str, ...], ...]:

@@ -67,6 +67,7 @@ def get_protein_background(
 
     ``adata.obsm["<key>_protein_background"]``
         DataFrame, float32, cells x proteins, in counts; at each sample of z the mean of the background in closed form.
+        A "/" in the name of a protein is "|" in its column.
 
     With ``return_mean=False``: float32 array, samples x cells x proteins, draws of the background, and nothing is
     written.

@@ -82,6 +82,7 @@ def get_protein_expression(
     ``adata.obsm["<key>_protein"]``
         DataFrame, float32, cells x proteins: counts, or shares with ``scale=True``. The background of each sample of z
         is its mean in closed form, but for shares, which have none: there it is drawn.
+        A "/" in the name of a protein is "|" in its column.
 
     With ``return_mean=False``: float32 array, samples x cells x proteins, each with a background that is drawn, and
     nothing is written.

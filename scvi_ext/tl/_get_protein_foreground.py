@@ -74,6 +74,7 @@ def get_protein_foreground(
 
     ``adata.obsm["<key>_protein_foreground"]``
         DataFrame, float32, cells x proteins.
+        A "/" in the name of a protein is "|" in its column.
 
     With ``return_mean=False``: float32 array, samples x cells x proteins, and nothing is written.
 

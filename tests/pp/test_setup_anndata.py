@@ -508,6 +508,15 @@ def test_names_of_proteins(adata):
         setup_anndata(adata, protein_obsm_key="protein")
 
 
+def test_names_that_are_the_same_in_tables(adata):
+    names = ["CD3", "CD4/8", "CD19", "CD4|8"]
+    message = r"\['protein'\] include 'CD4/8', 'CD4\|8', which are called the same in tables of results: .*Rename them"
+    adata.obsm["protein"].columns = names
+    refused(adata, ValueError, message, protein_obsm_key="protein")
+    adata.obsm["protein"], adata.uns["names"] = adata.obsm["protein"].to_numpy(), np.array(names)
+    refused(adata, ValueError, message, protein_obsm_key="protein", protein_names_uns_key="names")
+
+
 def test_proteins_that_are_rare(adata):
     """A few counts in all are counts: their sums are nearly all one, and no sign of scaling."""
     adata.obsm["protein"] = pd.DataFrame({"CD1": np.arange(N) % 2, "CD2": np.arange(N) == 7}, index=adata.obs_names)
