@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
 _MIN_CELLS = 3
+_MAX_UNSTAINED = 0.05  # of the cells of a batch: stained ones have ambient antibody, hence rarely no count at all
 
 
 def register(
@@ -89,7 +90,7 @@ def register(
     clean = report_audits(audit_registered(adata, registry), check)
     _warn_small_batches(obs, registry)
     if protein_obsm_key is not None:
-        registry = replace(registry, missing_proteins=_missing_proteins(adata, registry, protein_batch_mask))
+        registry = _with_missing_proteins(adata, registry, protein_batch_mask)
 
     adata = adata.copy() if copy else adata
     results.write_setup(adata, replace(registry, audit="clean" if clean else None).to_uns(), modalities)
@@ -179,12 +180,30 @@ def _protein_names(adata: AnnData, key: str | None, names_key: str | None) -> tu
     return names
 
 
-def _missing_proteins(adata: AnnData, registry: Registry, given: Any) -> tuple[tuple[str, ...], ...]:
+def _with_missing_proteins(adata: AnnData, registry: Registry, given: Any) -> Registry:
     counts = read_all(protein_matrix(adata, registry, registry.protein_names)).toarray()
     batch_index = np.zeros(adata.n_obs, dtype=np.int64)
     if registry.batch_key is not None:
         batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)
-    return missing_proteins(counts, batch_index, registry.protein_names, registry.batch_categories, given)
+    missing = missing_proteins(counts, batch_index, registry.protein_names, registry.batch_categories, given)
+    registry = replace(registry, missing_proteins=missing)
+    _warn_unstained(counts, batch_index, registry)
+    return registry
+
+
+def _warn_unstained(counts: np.ndarray, batch_index: np.ndarray, registry: Registry) -> None:
+    """Warn of batches with cells that look as if nobody had measured their proteins."""
+    found = []
+    for k, measured in enumerate(registry.sizes(1).proteins.protein_batch_mask):
+        empty = (counts[batch_index == k][:, np.array(measured)] == 0).all(1)
+        if any(measured) and empty.mean() > _MAX_UNSTAINED:
+            where = f" of batch {registry.batch_categories[k]!r}" if registry.batch_key is not None else ""
+            found.append(f"{empty.sum()} of {empty.size} cells{where}")
+    if found:
+        warn(
+            f"Cells without a single protein count: {', '.join(found)}. If their proteins were not measured, make them "
+            "a batch of their own (batch_key), so that their zeros are not taken for measurements."
+        )
 
 
 def _warn_small_batches(obs: pd.DataFrame, registry: Registry) -> None:

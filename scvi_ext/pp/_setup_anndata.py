@@ -62,7 +62,8 @@ def setup_anndata(
         standard deviation around 1.
     protein_obsm_key
         Entry of ``obsm`` with protein counts, cells x proteins: a table, an array or a sparse matrix. Cells without
-        any protein count are allowed.
+        any protein count are allowed, with a warning where they are more than 5 % of a batch: cells whose proteins were
+        not measured should be a batch of their own.
     protein_names_uns_key
         Entry of ``uns`` with the names of the proteins, for an array, whose columns are then found by name like those
         of a table. By default they are ``protein_0``, ``protein_1``, ... and found by position.

@@ -519,11 +519,40 @@ def test_names_that_are_the_same_in_tables(adata):
 
 def test_proteins_that_are_rare(adata):
     """A few counts in all are counts: their sums are nearly all one, and no sign of scaling."""
-    adata.obsm["protein"] = pd.DataFrame({"CD1": np.arange(N) % 2, "CD2": np.arange(N) == 7}, index=adata.obs_names)
+    rare = {"CD1": np.arange(N) != 4, "CD2": np.arange(N) == 7}
+    adata.obsm["protein"] = pd.DataFrame(rare, index=adata.obs_names)
     setup_anndata(adata, protein_obsm_key="protein")
     adata.obsm["protein"]["CD3"] = 0
     with pytest.warns(ScviExtWarning, match=r"1 of 3 proteins are zero in all cells: 'CD3'\. A model learns nothing"):
         setup_anndata(adata, protein_obsm_key="protein")
+
+
+def test_cells_without_a_protein_count_are_told_of(adata):
+    """Cells of genes alone, among others: their zeros would be taken for measurements."""
+    adata.obs["run"] = np.array(["a", "b", "genes alone"])[np.arange(N) // 20]
+    adata.obsm["protein"].iloc[[0, 20, 21]] = 0  # 1 of 20 cells is 5 %, 2 are more
+    adata.obsm["protein"].iloc[40:] = 0
+    advice = r"\. If their proteins were not measured, make them a batch of their own \(batch_key\)"
+    with pytest.warns(ScviExtWarning, match=rf"protein count: 2 of 20 cells of batch 'b'{advice}") as caught:
+        setup_anndata(adata, protein_obsm_key="protein", batch_key="run")
+    assert len(caught) == 1
+    with pytest.warns(ScviExtWarning, match=rf"protein count: 23 of 60 cells{advice}"):
+        setup_anndata(adata, protein_obsm_key="protein")
+    with pytest.warns(ScviExtWarning, match=r"protein count: 2 of 20 cells of batch 'b', 20 of 20 cells of batch 'g"):
+        setup_anndata(adata, protein_obsm_key="protein", batch_key="run", protein_batch_mask=None)
+    adata.obsm["protein"].iloc[20] = 1
+    setup_anndata(adata, protein_obsm_key="protein", batch_key="run")
+
+
+def test_only_proteins_that_were_measured_are_counted(adata):
+    adata.obs["run"] = np.where(np.arange(N) < 20, "a", "b")
+    adata.obsm["protein"].iloc[:10] = [0, 5, 5, 5]
+    mask = {"a": ["CD0"]}
+    with pytest.warns(ScviExtWarning) as caught:
+        setup_anndata(adata, protein_obsm_key="protein", batch_key="run", protein_batch_mask=mask)
+    ignored, empty = (str(warning.message) for warning in caught)
+    assert "60 entries of 'CD1', 'CD2', 'CD3' in batch 'a'" in ignored
+    assert "10 of 20 cells of batch 'a'. If" in empty
 
 
 def test_duplicate_genes(adata):
