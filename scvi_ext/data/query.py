@@ -32,6 +32,7 @@ class Query:
     new_categories: tuple[str, ...]  # of covariates, as "column=category"
     unknown_labels: tuple[str, ...]
     missing_proteins: tuple[str, ...]  # not measured in any of its batches
+    absent_proteins: tuple[str, ...]  # that the query does not have, though it has proteins
     unknown_proteins: tuple[str, ...]
 
 
@@ -112,12 +113,12 @@ def read_query(
         covariate_categories=tuple(covariates.values()),
         audit=None,
     )
+    present, strange = _panel(adata, registry)
     # Read here, where the columns may not be there yet
     elsewhere = replace(registry, batch_key=None, labels_key=None, missing_proteins=(registry.protein_names,))
     clean = report_audits(audit_registered(adata, elsewhere), check, remarks=False)
     store = CellStore.from_adata(adata, elsewhere, var_names=var_names, columns=needed)
     _check_filled(store)
-    present, strange = _panel(adata, registry)
     if store.protein is not None:
         known = trained.missing_proteins or ((),) * max(1, len(trained.batch_categories))
         absent = [name for name in registry.protein_names if name not in present]
@@ -137,6 +138,7 @@ def read_query(
         ),
         unknown_labels=unknown,
         missing_proteins=_missing_everywhere(registry, batch_codes),
+        absent_proteins=tuple(name for name in registry.protein_names if name not in present) if present else (),
         unknown_proteins=strange,
     )
 
@@ -245,9 +247,18 @@ def _protein_key(adata: AnnData, trained: Registry, key: str | None, names_key: 
 
 def _panel(adata: AnnData, registry: Registry) -> tuple[list[str], tuple[str, ...]]:
     """The proteins of the reference that the query has, and those that the reference does not know."""
-    present = known_proteins(adata, registry)
-    own = protein_names(adata, registry.protein_obsm_key, registry.protein_names_uns_key) if present else None
-    return present, tuple(name for name in own or () if name not in registry.protein_names)
+    key, names = registry.protein_obsm_key, registry.protein_names
+    if key not in adata.obsm:
+        return [], ()
+    present, own = known_proteins(adata, registry), protein_names(adata, key, registry.protein_names_uns_key)
+    if not present:
+        msg = (
+            f"adata.obsm[{key!r}] has no protein of the reference: its {len(own)} are called {listing(own, 3)}, those "
+            f"of the reference {listing(names, 3)}. Rename them; if they are in another entry, protein_obsm_key=...; "
+            f"to have all proteins imputed, drop this one: del adata.obsm[{key!r}]."
+        )
+        raise KeyError(msg)
+    return present, tuple(name for name in own or () if name not in names)
 
 
 def _missing_everywhere(registry: Registry, batch_codes: np.ndarray) -> tuple[str, ...]:

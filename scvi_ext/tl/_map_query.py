@@ -24,6 +24,7 @@ from scvi_ext.nn.surgery import widen
 from scvi_ext.reference import read_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
     from typing import Any, Literal
 
@@ -75,8 +76,9 @@ def map_query(
     Genes are found by name, in any order, and further ones are ignored; all genes of the reference must be there, see
     :func:`~scvi_ext.pp.align_query`. Proteins are found by name as well, but a new batch may lack some or all of them:
     those that it lacks, or that are zero in all of its cells, count as not measured there, so that cells with genes
-    alone can be given proteins. Columns of ``obs`` have the names that they have in the reference. The query need
-    not be set up: its counts are checked here as :func:`~scvi_ext.pp.setup_anndata` checks them.
+    alone can be given proteins. A table in which no protein has a name of the reference is refused, and a warning says
+    where only some have. Columns of ``obs`` have the names that they have in the reference. The query need not be set
+    up: its counts are checked here as :func:`~scvi_ext.pp.setup_anndata` checks them.
 
     Parameters
     ----------
@@ -140,7 +142,7 @@ def map_query(
     Raises
     ------
     KeyError
-        Genes or columns are missing, or the reference has no such fit.
+        Genes or columns are missing, all proteins have other names, or the reference has no such fit.
     TypeError
         ``reference`` is none of these things.
     ValueError
@@ -211,7 +213,7 @@ def map_query(
         f"mapping {query.store.n_cells} cells onto the {trained.model!r} fit {trained.key!r} of "
         f"{len(trained.var_names)} genes{_news(query)}"
     )
-    _log_proteins(query)
+    _report_proteins(adata, query)
     done = None
     if plan is None:
         _say_why_not_trained(query, module, explains_counts)
@@ -310,15 +312,42 @@ def _news(query: Query) -> str:
     return "".join(f", {len(names)} new {what}: {listing(names)}" for what, names in news.items() if names)
 
 
-def _log_proteins(query: Query) -> None:
+def _report_proteins(adata: AnnData, query: Query) -> None:
     missing, names = query.missing_proteins, query.registry.protein_names
+    absent, unknown = query.absent_proteins, query.unknown_proteins
     if missing:
         logg.info(
             f"    {len(missing)} of the {len(names)} proteins were not measured in the query: {listing(missing, 5)}. "
             "tl.get_protein_expression imputes them; name the entry of obsm if they were, protein_obsm_key=..."
         )
-    if query.unknown_proteins:
-        logg.info(f"    proteins that the reference does not know are left out: {listing(query.unknown_proteins, 5)}")
+    if absent and unknown:  # the same under other names, perhaps
+        warn(
+            f"{len(names) - len(absent)} of the {len(names)} proteins of the reference are found in the query. Only "
+            f"the reference has {listing(absent, 5)}, which are imputed; only the query has {listing(unknown, 5)}, "
+            "which are left out. Rename those that are the same."
+        )
+    elif unknown:
+        logg.info(f"    proteins that the reference does not know are left out: {listing(unknown, 5)}")
+    key = query.registry.protein_obsm_key
+    elsewhere = _counts_of(adata, names) if key is not None and key not in adata.obsm else []
+    if elsewhere:
+        warn(
+            f"adata.obsm has no {key!r}, where the reference has its proteins, so all are imputed; counts of proteins "
+            f"of the reference are in adata.obsm under other names: {listing(elsewhere)}. Name the entry, "
+            "protein_obsm_key=..., if they are measured."
+        )
+
+
+def _counts_of(adata: AnnData, names: Sequence[str]) -> list[str]:
+    """Entries of ``obsm`` that are tables with counts of some of these proteins, but for samples of a fit."""
+    own = tuple(f"{key}_" for key in read_root(adata).get(UNS.fits, {}))
+    found = []
+    for key, table in adata.obsm.items():
+        if isinstance(table, pd.DataFrame) and not key.startswith(own):
+            values = table.loc[:, table.columns.astype(str).isin(names)].select_dtypes("number").fillna(0)
+            if values.size and ((values >= 0) & (values == values.round())).to_numpy().all():
+                found.append(key)
+    return found
 
 
 def _say_why_not_trained(query: Query, module: nn.Module, explains_counts: bool) -> None:

@@ -98,6 +98,64 @@ def test_some_proteins(pair, logged):
     assert np.isfinite(query.obsm["totalvi_protein"].to_numpy()).all()
 
 
+def test_names_that_are_others_in_part(pair, recwarn, logged):
+    """protein_1 and protein_5 may be what the query calls otherwise."""
+    reference, query = pair
+    query.obsm[KEY] = query.obsm[KEY].rename(columns={"protein_1": "PROTEIN_1", "protein_5": "protein_5_TotalSeqB"})
+    sx.tl.map_query(query, reference, **QUICK)
+    (caught,) = recwarn
+    assert issubclass(caught.category, sx.ScviExtWarning)
+    assert str(caught.message) == (
+        "4 of the 6 proteins of the reference are found in the query. Only the reference has 'protein_1', 'protein_5', "
+        "which are imputed; only the query has 'PROTEIN_1', 'protein_5_TotalSeqB', which are left out. Rename those "
+        "that are the same."
+    )
+    assert "does not know are left out" not in logged()
+    assert setup_of_fit(query).missing_proteins[-1] == ("protein_1", "protein_5")
+
+
+@pytest.mark.parametrize("rename", [str.upper, "{}_TotalSeqB".format], ids=["upper case", "suffix"])
+def test_names_that_are_all_others(pair, rename):
+    reference, query = pair
+    query.obsm[KEY] = query.obsm[KEY].rename(columns=rename)
+    message = (
+        rf"\['{KEY}'\] has no protein of the reference: its 6 are called '{rename('protein_0')}', .* of the reference "
+        rf"'protein_0', .* and 3 more\. Rename them; .* protein_obsm_key=.*imputed, drop this one: del adata\.obsm"
+    )
+    with pytest.raises(KeyError, match=message):
+        sx.tl.map_query(query, reference, **QUICK)
+    assert "scvi_ext" not in query.uns
+    sx.tl.map_query(without(query), reference, **QUICK)
+    assert len(setup_of_fit(query).missing_proteins[-1]) == N_PROTEINS
+
+
+def test_proteins_of_the_query_under_another_name(pair, recwarn):
+    """As of a MuData, whose proteins are called like their modality."""
+    reference, query = pair
+    table = query.obsm.pop(KEY)
+    query.obsm["log"], query.obsm["is_cd3"] = np.log1p(table), table > 3
+    query.obsm["adt"] = table.iloc[:, :2].astype("Int64").assign(more="words")
+    query.obsm["array"] = table.to_numpy()
+    sx.tl.map_query(query, reference, **QUICK)
+    (caught,) = recwarn
+    assert issubclass(caught.category, sx.ScviExtWarning)
+    assert str(caught.message) == (
+        "adata.obsm has no 'protein_expression', where the reference has its proteins, so all are imputed; counts of "
+        "proteins of the reference are in adata.obsm under other names: 'adt'. Name the entry, protein_obsm_key=..., "
+        "if they are measured."
+    )
+
+
+def test_what_a_fit_says_of_proteins_is_no_measurement(pair, tmp_path):
+    reference, query = pair
+    sx.tl.map_query(without(query), reference, **QUICK)
+    sx.tl.get_protein_expression(query)
+    sx.tl.posterior_predictive_sample(query)
+    query.write_h5ad(tmp_path / "q.h5ad")
+    for adata in (query, ad.read_h5ad(tmp_path / "q.h5ad")):
+        sx.tl.map_query(adata, reference, **QUICK)  # no warning
+
+
 def test_batches_of_a_query_may_have_measured_different_proteins(pair):
     reference, query = pair
     query.obs["batch"] = np.where(np.arange(query.n_obs) % 2 == 0, "even", "odd")
