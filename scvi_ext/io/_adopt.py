@@ -40,7 +40,8 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     _check_slots(replace(registry, labels_key=None) if infers_labels else registry, adata)
     slots = f"\n    {fit.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])"
     if UNS.setup not in read_root(adata):
-        clean = report_audits(audit_registered(adata, replace(registry, batch_key=None, labels_key=None)), "error")
+        audits = audit_registered(adata, replace(registry, batch_key=None, labels_key=None))
+        clean = report_audits(audits, "error", remarks=False)
         results.write_setup(adata, replace(registry, audit="clean" if clean else None).to_uns())
         slots += f"\n    {UNS.setup!r}, what the model reads (adata.uns[{UNS.root!r}])"
     results.write_fit(adata, fit)

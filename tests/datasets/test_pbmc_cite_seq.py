@@ -92,6 +92,7 @@ def test_the_real_files(folder):
     adata = sx.datasets.pbmc_cite_seq()
     assert adata.shape == (400, 15792)
     assert adata.obsm["protein_expression"].shape == (400, 29)
+    sc.pp.filter_genes(adata, min_cells=1)
     sx.pp.setup_anndata(adata, batch_key="batch", protein_obsm_key="protein_expression")
     missing = adata.uns["scvi_ext"]["setup"]["missing_proteins"]
     assert len(missing["0"]) == 15
