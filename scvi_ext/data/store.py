@@ -229,9 +229,9 @@ def _numbers(table: pd.DataFrame, key: str) -> np.ndarray:
         )
         raise TypeError(msg)
     values = table.to_numpy()
-    return (
-        values if values.dtype != object else table.to_numpy(np.float64, na_value=np.nan)
-    )  # of several dtypes, or <NA>
+    if values.dtype == object:  # columns of several dtypes, or <NA>
+        return table.to_numpy(np.float64, na_value=np.nan)
+    return values
 
 
 def known_proteins(adata: AnnData, registry: Registry) -> list[str]:

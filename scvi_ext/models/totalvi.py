@@ -82,7 +82,7 @@ class Config:
 
 def needs(config: Config) -> frozenset[str]:
     """The optional columns of a minibatch that this configuration reads."""
-    by_label = "gene-label" in config.gene_dispersion or "protein-label" in config.protein_dispersion
+    by_label = config.gene_dispersion == "gene-label" or config.protein_dispersion == "protein-label"
     columns = {"protein": True, "labels": by_label, "size_factor": config.library == "size_factor"}
     return frozenset(name for name, wanted in columns.items() if wanted)
 
@@ -229,10 +229,7 @@ class TOTALVI(CountVAE):
         else:
             means, scales = torch.tensor(background_means), torch.tensor(background_scales)
         self.background_mean = nn.Parameter(means)
-        with torch.no_grad():  # where it will be: to get there, large weights would have to grow in all directions
-            self.decoder.py_back_mean_log_alpha.layers[0].linear.bias.copy_(
-                (means * mask).sum(0) / mask.sum(0).clamp(min=1)
-            )
+        self.decoder.start_background((means * mask).sum(0) / mask.sum(0).clamp(min=1))
         self.background_log_scale = nn.Parameter(torch.log(scales))
         self.log_efficiency = nn.Parameter(torch.zeros(shape)) if protein_efficiency else None
         watched = adversarial_classifier == "on" or (adversarial_classifier == "auto" and not complete)

@@ -250,6 +250,14 @@ class DecoderTOTALVI(nn.Module):
         """The normalised profile of the genes alone, (B, G)."""
         return self.scale_activation(self._read(self.px_decoder, z, cat_list, self.px_scale_decoder)[0])
 
+    @torch.no_grad()
+    def start_background(self, log_means: Tensor) -> None:
+        """Begin with this log background of each protein, (P,).
+
+        From 0, large weights would have to grow in all directions to get there, also in those where there are no cells.
+        """
+        self.py_back_mean_log_alpha.layers[0].linear.bias.copy_(log_means)
+
     def proteins(self, z: Tensor, *cat_list: Tensor) -> tuple[Posterior, Tensor, Tensor]:
         """log of the background, log ratio of the foreground to it, logit of being background: (B, P) each."""
         dtype = z.dtype
