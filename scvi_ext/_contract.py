@@ -55,6 +55,12 @@ class ProteinExpression(NamedTuple):
     mixing_logits: Tensor  # (B, P) logit of a count being background
 
 
+# What a loss may say of each cell, named as in a history: the parts of a negative ELBO, and what labels cost.
+ELBO = ("reconstruction_loss", "kl_z", "kl_library")
+KL_GLOBAL = "kl_global"
+CLASSIFICATION = "classification_loss"
+
+
 class Loss(NamedTuple):
     """What is minimised, and per cell the parts of the negative ELBO and what labels add; None where there is none."""
 
@@ -63,6 +69,7 @@ class Loss(NamedTuple):
     kl_z: Tensor | None  # (B,) KL(q || p) of all other latent variables, warmed up
     kl_library: Tensor | None  # (B,) KL(q(l) || p(l)), never warmed up
     classification: Tensor | None = None  # (cells of the labelled stream,) -log q(y), no part of the ELBO
+    kl_global: Tensor | None = None  # (B,) each cell's share of KL(q || p) of what all cells share, never warmed up
 
 
 class Capability(StrEnum):
@@ -77,10 +84,15 @@ class Capability(StrEnum):
 
 @dataclass(frozen=True)
 class Stream:
-    """A sequence of minibatches that a model's loss takes. The first one makes up an epoch, others go round."""
+    """A sequence of minibatches that a model's loss takes. The longest one makes up an epoch, others go round."""
 
     name: str
     labelled_only: bool = False  # cells without a label are left out
+    dataset: int | None = None  # the one of several data sets that its cells are of; None where there is but one
+    parts: tuple[str, ...] = ELBO  # what the loss says of each of its cells
+
+
+LABELLED = Stream("labelled", labelled_only=True, parts=(CLASSIFICATION,))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from scipy.sparse import csr_matrix
 
+    from scvi_ext._contract import Stream
     from scvi_ext.data.store import CellStore
 
 
@@ -97,6 +98,7 @@ class Block:
 
     def __init__(self, store: CellStore, device: torch.device, start: int = 0, stop: int | None = None):
         self.device = device
+        self.genes = np.arange(store.n_genes)  # positions in the names of the store
         whole = start == 0 and (stop is None or stop >= store.n_cells)
         counts = store.counts if whole else store.counts[start:stop]
         if not counts.has_canonical_format:  # kernels go over each gene of a cell once
@@ -111,6 +113,10 @@ class Block:
             for name, column in columns.items()
             if column is not None
         }
+
+    def of(self, stream: Stream) -> Block:
+        """Where the minibatches of a stream come from."""
+        return self
 
     def rows(self, rows: np.ndarray) -> torch.Tensor:
         """Positions on this block's device: move them once, then slice."""

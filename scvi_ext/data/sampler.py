@@ -54,11 +54,12 @@ def split_cells(
 def epoch_order(cells: np.ndarray, shape: tuple[int, int], seed: int, epoch: int, stream: int = 0) -> np.ndarray:
     """Every cell once in random order as (steps, batch size) positions; the last row is filled up from the beginning.
 
-    So a run has one minibatch shape, and no minibatch is too small for batch normalisation. Of a ``stream`` with fewer
-    cells, each comes as often as any other, or once more.
+    So a run has one minibatch shape, and no minibatch is too small for batch normalisation. Where there are fewer cells
+    than fill it, as in a ``stream`` that goes round, each comes as often as any other, or once more.
     """
     rng = np.random.default_rng([seed, _ORDER, epoch, *([stream] if stream else [])])
-    rounds = -(-math.prod(shape) // len(cells)) if stream else 1
+    goes_round = stream or math.prod(shape) >= len(cells) + shape[1]
+    rounds = -(-math.prod(shape) // len(cells)) if goes_round else 1
     return np.resize(np.concatenate([rng.permutation(cells) for _ in range(rounds)]), shape)
 
 

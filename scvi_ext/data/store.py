@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
     from anndata import AnnData
 
-    from scvi_ext._contract import DataSummary
+    from scvi_ext._contract import DataSummary, Stream
     from scvi_ext.data.registry import Registry
 
 # Standard deviation 0.01 of the log library: a batch with one cell, or downsampled to one depth, keeps a proper prior.
@@ -339,6 +339,10 @@ class CellStore:
     def n_genes(self) -> int:
         """Number of genes."""
         return self.counts.shape[1]
+
+    def cells_of(self, stream: Stream, cells: np.ndarray) -> np.ndarray:
+        """Those of the positions ``cells`` that belong to a stream."""
+        return cells[self.labels[cells] >= 0] if stream.labelled_only else cells
 
     def take(self, rows: np.ndarray) -> CellStore:
         """The cells at these positions, in their order, as often as they are named."""

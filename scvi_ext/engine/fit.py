@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scvi_ext._contract import Stream
+from scvi_ext._contract import CLASSIFICATION, Stream
 from scvi_ext._errors import listing
-from scvi_ext.data.blocks import Block
+from scvi_ext.data.joint import resident
 from scvi_ext.data.sampler import epoch_order, some_of_each_label
 from scvi_ext.engine.checkpoint import (
     Snapshot,
@@ -28,13 +28,14 @@ from scvi_ext.engine.device import arithmetic
 from scvi_ext.engine.graph import make_runner
 from scvi_ext.engine.guard import MAX_ROLLBACKS, NonFiniteEvent, find_culprits
 from scvi_ext.engine.interrupt import deferred_interrupt
-from scvi_ext.engine.step import CLASSIFICATION, ELBO, TrainingStep, sums_of_parts
+from scvi_ext.engine.step import TrainingStep, sums_of_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
+    from scvi_ext.data.joint import JointStore
     from scvi_ext.data.store import CellStore
     from scvi_ext.engine.plan import Plan
 
@@ -46,14 +47,14 @@ class Epochs:
     """Which cells make up an epoch, in which order."""
 
     plan: Plan
-    labels: np.ndarray | None  # codes of all cells, -1 = unlabelled
+    store: CellStore | JointStore
     streams: Sequence[Stream]
     n_samples_per_label: int | None
     seed: int
 
     def cells(self, cells: np.ndarray) -> list[np.ndarray]:
         """Those of ``cells`` that belong to each stream."""
-        return [cells[self.labels[cells] >= 0] if stream.labelled_only else cells for stream in self.streams]
+        return [self.store.cells_of(stream, cells) for stream in self.streams]
 
     def rows(self, train: np.ndarray, epoch: int) -> np.ndarray:
         """Positions of an epoch, (streams, steps, B)."""
@@ -61,7 +62,7 @@ class Epochs:
         rows = []
         for i, (stream, cells) in enumerate(zip(self.streams, self.cells(train), strict=True)):
             if stream.labelled_only:
-                cells = some_of_each_label(cells, self.labels, self.n_samples_per_label, self.seed, epoch)
+                cells = some_of_each_label(cells, self.store.labels, self.n_samples_per_label, self.seed, epoch)
             rows.append(epoch_order(cells, shape, self.seed, epoch, i))
         return np.stack(rows)
 
@@ -85,7 +86,7 @@ class Progress:
 
 def fit(
     module: nn.Module,
-    store: CellStore,
+    store: CellStore | JointStore,
     plan: Plan,
     *,
     train: np.ndarray,
@@ -135,9 +136,9 @@ def fit(
     How the run went, and a checkpoint from which it can go on.
     """
     module.to(device).train()
-    block = Block(store, device)
+    block = resident(store, device)
     step = TrainingStep(module, block, plan, precision, streams)
-    epochs = Epochs(plan, store.labels, streams, n_samples_per_label, seed)
+    epochs = Epochs(plan, store, streams, n_samples_per_label, seed)
     progress = Progress()
     if resume is not None:
         progress = load_checkpoint(module, step.optimizer, device, resume)
@@ -148,7 +149,7 @@ def fit(
         # A held-out cell costs about a third of a trained one: forward without backward.
         steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * plan.batch_size * plan.steps_per_epoch))
         announce(seconds_per_step * steps, ", ".join(filter(None, (how, block.note))))
-        _train(step, run, plan, epochs, progress, store, train, validation, patience, show_progress)
+        _train(step, run, plan, epochs, progress, train, validation, patience, show_progress)
     progress.stop_reason = progress.stop_reason or "finished"
     progress.sums = step.sums.tolist()
     checkpoint = make_checkpoint(module, step.optimizer, device, progress)
@@ -164,14 +165,13 @@ def _train(
     plan: Plan,
     epochs: Epochs,
     progress: Progress,
-    store: CellStore,
     train: np.ndarray,
     validation: np.ndarray,
     patience: int | None,
     show_progress: bool | None,
 ) -> None:
     """Carry out what is left of the plan."""
-    module, block = step.module, step.block
+    module = step.module
     origin = module_arrays(module)
     train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
     with deferred_interrupt() as interrupt, _bar(plan, progress.step, show_progress) as bar:
@@ -199,14 +199,15 @@ def _train(
             seconds = time.perf_counter() - started
             if not np.isfinite(row).all() or not row[-1]:
                 cells = np.concatenate([train, validation])
-                _roll_back(module, store, block, snapshot, progress, cells, epoch, origin)
+                _roll_back(step, epochs, snapshot, progress, cells, epoch, origin)
                 progress.step = bar.n = start
                 step.sums.copy_(sums_before)
                 train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
                 continue
             step.sums.zero_()
-            rate = (end - start) * plan.batch_size / seconds
-            progress.history.append(_history_row(row, step.parts, plan, progress, epochs.cells(validation), rate))
+            steps_per_second = (end - start) / seconds
+            history = _history_row(row, step, plan, progress, epochs.cells(validation), steps_per_second)
+            progress.history.append(history)
             bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
             if patience is not None and len(validation):
                 _remember_best(module, progress, epoch, patience)
@@ -227,16 +228,18 @@ def _evaluate(step: TrainingStep, epochs: Epochs, held_out: np.ndarray, epoch: i
     module, block = step.module, step.block
     total = torch.zeros_like(step.sums)
     streams = epochs.cells(held_out)
-    if not len(streams[0]):
+    if not any(map(len, streams)):
         return total
-    n_passes = -(-len(streams[0]) // _VALIDATION_CELLS)
+    n_passes = -(-max(map(len, streams)) // _VALIDATION_CELLS)
     passes = zip(*(np.array_split(cells, n_passes) for cells in streams), strict=True)
     module.eval()
     with torch.random.fork_rng(devices=[block.device] if block.device.type == "cuda" else []):
         torch.manual_seed(hash((epochs.seed, epoch)) % 2**63)
         for rows in passes:
-            sums = sums_of_parts(module.loss(*(block.minibatch(r) if len(r) else None for r in rows)))
-            total[: len(sums)] += sums  # the last part is missing where no cell has a label
+            minibatches = (
+                source.minibatch(r) if len(r) else None for source, r in zip(step.sources, rows, strict=True)
+            )
+            total += sums_of_parts(module.loss(*minibatches), step.parts)
     module.train()
     return total
 
@@ -248,33 +251,31 @@ def _all_finite(module: nn.Module) -> torch.Tensor:
 
 def _history_row(
     row: list[float],
-    parts: Sequence[str],
+    step: TrainingStep,
     plan: Plan,
     progress: Progress,
     held_out: Sequence[np.ndarray],
-    cells_per_second: float,
+    steps_per_second: float,
 ) -> dict[str, float]:
-    last, n_parts = progress.step - 1, len(parts)
-    n_train = plan.steps_per_epoch * plan.batch_size
-    history = _means(row[:n_parts], parts, dict.fromkeys(parts, n_train), "train")
-    # The parts of an ELBO are of the cells of the first stream, what labels cost is of the last.
-    n_held_out = {part: len(held_out[-1 if part == CLASSIFICATION else 0]) for part in parts}
-    history |= _means(row[n_parts : 2 * n_parts], parts, n_held_out, "validation")
-    kl_weight = {"kl_weight": plan.kl_weight_at(last)} if parts[0] in ELBO else {}
-    return (
-        history
-        | kl_weight
-        | {
-            "lr": plan.lr_at(last) * progress.lr_factor,
-            "cells_per_second": cells_per_second,
-        }
-    )
+    parts, streams = step.parts, step.streams
+    sources = {part: [i for i, stream in enumerate(streams) if part in stream.parts] for part in parts}
+    n_trained = {part: plan.steps_per_epoch * plan.batch_size * len(of) for part, of in sources.items()}
+    n_held_out = {part: sum(len(held_out[i]) for i in of) for part, of in sources.items()}
+    last = progress.step - 1
+    history = _means(row[: len(parts)], parts, n_trained, "train")
+    history |= _means(row[len(parts) : 2 * len(parts)], parts, n_held_out, "validation")
+    if parts[0] != CLASSIFICATION:
+        history["kl_weight"] = plan.kl_weight_at(last)
+    history["lr"] = plan.lr_at(last) * progress.lr_factor
+    history["cells_per_second"] = steps_per_second * plan.batch_size * len(sources[parts[0]])
+    return history
 
 
 def _means(sums: list[float], parts: Sequence[str], n_cells: Mapping[str, int], cells: str) -> dict[str, float]:
     """Means per cell of the parts that have cells, and first of all the ELBO where there is one."""
     means = {part: value / n_cells[part] for part, value in zip(parts, sums, strict=True) if n_cells[part]}
-    elbo = {"elbo": -sum(means[part] for part in ELBO)} if means.keys() >= set(ELBO) else {}
+    of_elbo = [mean for part, mean in means.items() if part != CLASSIFICATION]
+    elbo = {"elbo": -sum(of_elbo)} if of_elbo else {}
     return {f"{name}_{cells}": value for name, value in (elbo | means).items()}
 
 
@@ -295,9 +296,8 @@ def _remember_best(module: nn.Module, progress: Progress, epoch: int, patience: 
 
 
 def _roll_back(
-    module: nn.Module,
-    store: CellStore,
-    block: Block,
+    step: TrainingStep,
+    epochs: Epochs,
     snapshot: Snapshot,
     progress: Progress,
     rows: np.ndarray,
@@ -306,7 +306,8 @@ def _roll_back(
 ) -> None:
     """Return to the state before the epoch; leave out cells that cannot be modelled, or else halve the rate."""
     snapshot.restore()
-    event = find_culprits(module, block, rows, epoch, origin)
+    event = find_culprits(step, epochs.cells(rows), epoch, origin)
+    store = epochs.store
     progress.events.append(event)
     progress.excluded = sorted({*progress.excluded, *event.cells})
     if len(rows) - len(event.cells) < 3:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scvi_ext._contract import CLASSIFICATION, ELBO, KL_GLOBAL
 from scvi_ext.engine.device import autocast
 from scvi_ext.kernels.adam import Adam
 
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
 
     from scvi_ext._contract import Loss, Minibatch, Stream
     from scvi_ext.data.blocks import Block
+    from scvi_ext.data.joint import JointBlock
     from scvi_ext.engine.plan import Plan
 
 # Epsilon of Adam in every release of scVI; with the usual 1e-8 the held-out ELBO of the one-cycle plan is worse.
 _ADAM_EPS = 0.01
-ELBO = ("reconstruction_loss", "kl_z", "kl_library")
-CLASSIFICATION = "classification_loss"
+
+_FIELDS = dict(
+    zip(
+        (*ELBO, KL_GLOBAL, CLASSIFICATION),
+        ("reconstruction", "kl_z", "kl_library", "kl_global", "classification"),
+        strict=True,
+    )
+)
 
 
 class TrainingStep:
@@ -41,10 +49,13 @@ class TrainingStep:
         The minibatches that the loss takes.
     """
 
-    def __init__(self, module: nn.Module, block: Block, plan: Plan, precision: str, streams: Sequence[Stream]):
+    def __init__(
+        self, module: nn.Module, block: Block | JointBlock, plan: Plan, precision: str, streams: Sequence[Stream]
+    ):
         device = block.device
         self.module, self.block, self.precision = module, block, precision
-        self.parts = parts_of(streams)
+        self.streams, self.parts = streams, parts_of(streams)
+        self.sources = [block.of(stream) for stream in streams]
         shape = (len(streams), plan.steps_per_epoch, plan.batch_size)
         self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
         self.schedule = torch.zeros((plan.steps_per_epoch, 2), device=device)  # learning rate, KL weight
@@ -81,28 +92,31 @@ class TrainingStep:
             parameter.grad = None
         loss.total.backward()
         self.optimizer.step()
-        self.sums += sums_of_parts(loss)
+        self.sums += sums_of_parts(loss, self.parts)
         self.cursor += 1
 
     def minibatches(self, rows: torch.Tensor) -> list[Minibatch]:
         """One for each stream; ``rows`` are positions, (streams, B)."""
-        return [self.block.minibatch(of_stream) for of_stream in rows]
+        return [source.minibatch(of_stream) for source, of_stream in zip(self.sources, rows, strict=True)]
 
 
 def parts_of(streams: Sequence[Stream]) -> tuple[str, ...]:
-    """Names of the parts of the loss: of an ELBO where a stream has all cells, of labels where one has those with."""
-    labelled = [stream.labelled_only for stream in streams]
-    return (*(() if all(labelled) else ELBO), *((CLASSIFICATION,) if any(labelled) else ()))
+    """Names of the parts of the loss, each once."""
+    return tuple(dict.fromkeys(part for stream in streams for part in stream.parts))
 
 
 def per_cell(loss: Loss) -> torch.Tensor:
     """The loss of each cell: its negative ELBO, or where there is none what its label costs, shape (B,)."""
     if loss.reconstruction is None:
         return loss.classification
-    return loss.reconstruction + loss.kl_z + loss.kl_library
+    total = loss.reconstruction + loss.kl_z + loss.kl_library
+    return total if loss.kl_global is None else total + loss.kl_global
 
 
-def sums_of_parts(loss: Loss) -> torch.Tensor:
-    """Sums over cells of the parts that the loss has, float64, on the device."""
-    parts = (loss.reconstruction, loss.kl_z, loss.kl_library, loss.classification)
-    return torch.stack([part.detach().sum(dtype=torch.float64) for part in parts if part is not None])
+def sums_of_parts(loss: Loss, parts: Sequence[str]) -> torch.Tensor:
+    """Sums over cells of these parts of the loss, 0 where it has none, float64, on the device."""
+    values = {name: getattr(loss, field) for name, field in _FIELDS.items()}
+    zero = loss.total.new_zeros((), dtype=torch.float64)
+    return torch.stack(
+        [zero if values[part] is None else values[part].detach().sum(dtype=torch.float64) for part in parts]
+    )

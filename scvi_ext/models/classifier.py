@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from scvi_ext._contract import Capability, Loss, ModelSpec, Stream
+from scvi_ext._contract import LABELLED, Capability, Loss, ModelSpec
 from scvi_ext._errors import one_of
 from scvi_ext.functional.labels import check_labels, cross_entropy
 from scvi_ext.nn.classifier import Classifier
@@ -127,7 +127,7 @@ SPEC = ModelSpec(
     module=CellClassifier,
     config=Config,
     needs=lambda config: frozenset({"labels"}),
-    streams=(Stream("labelled", labelled_only=True),),
+    streams=(LABELLED,),
     capabilities=frozenset({Capability.LABELS}),
     reference="Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics, Nature Methods.",
 )

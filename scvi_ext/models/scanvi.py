@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from scvi_ext._contract import Capability, Loss, ModelSpec, Posterior, Stream
+from scvi_ext._contract import LABELLED, Capability, Loss, ModelSpec, Posterior, Stream
 from scvi_ext._errors import one_of
 from scvi_ext.functional.divergences import kl_categorical, kl_standard_normal, log_density
 from scvi_ext.functional.labels import check_labels, cross_entropy, fill_in, label_weights, log_prior
@@ -316,7 +316,7 @@ SPEC = ModelSpec(
     module=SCANVI,
     config=Config,
     needs=lambda config: needs(config) | {"labels"},
-    streams=(Stream("cells"), Stream("labelled", labelled_only=True)),
+    streams=(Stream("cells"), LABELLED),
     capabilities=frozenset({Capability.COUNTS, Capability.LABELS, Capability.Z2}),
     reference="Xu et al. (2021), Probabilistic harmonization and annotation of single-cell transcriptomics data with "
     "deep generative models, Molecular Systems Biology.",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from scvi_ext._contract import Capability, Loss, ModelSpec, Posterior, Stream
+from scvi_ext._contract import LABELLED, Capability, Loss, ModelSpec, Posterior, Stream
 from scvi_ext.functional.divergences import kl_categorical, kl_standard_normal
 from scvi_ext.functional.labels import check_labels, cross_entropy, fill_in, label_weights, log_prior
 from scvi_ext.models.base import CountConfig, CountVAE, needs
@@ -229,7 +229,7 @@ SPEC = ModelSpec(
     module=VAEC,
     config=Config,
     needs=lambda config: needs(config) | {"labels"},
-    streams=(Stream("cells"), Stream("labelled", labelled_only=True)),
+    streams=(Stream("cells"), LABELLED),
     capabilities=frozenset({Capability.COUNTS, Capability.LABELS}),
     reference="Kingma et al. (2014), Semi-supervised learning with deep generative models, NeurIPS.",
 )
