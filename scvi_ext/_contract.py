@@ -80,6 +80,7 @@ class Capability(StrEnum):
     LABELS = "encode_label"
     Z2 = "encode_z2"
     PROTEIN = "decode_protein"
+    ZERO_INFLATION = "zero_inflation_posterior"
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class DataSummary:
     """The sizes a module is built from, and the prior of the log library size in each batch."""
 
     n_input: int
+    n_train: int = 1  # cells to be trained on
     n_batch: int = 1
     n_labels: int = 0
     n_cats_per_cov: tuple[int, ...] = ()

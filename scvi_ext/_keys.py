@@ -139,6 +139,7 @@ IN_QUERY = "in_query"  # var: whether a gene was measured in a query, or zeros s
 METRICS = "scvi_ext_metrics"  # uns: a table of several representations, so of no single fit
 ABSTAINED = "Unknown"  # obs: the prediction where confidence is too low, if no unlabelled category is registered
 ANNOTATION = "scvi_ext_annotation"  # uns: a table of several classifiers
+NONE = "None"  # of an option in a file: older versions of the formats have no None
 FORMAT = 1  # of uns["scvi_ext"]; raised when a reader of this version could misread it
 
 

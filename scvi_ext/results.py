@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_ext._keys import FORMAT, IN_QUERY, UNS, column_name
+from scvi_ext._keys import FORMAT, IN_QUERY, NONE, UNS, column_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +48,7 @@ def write_fit(adata: AnnData, fit: SavedFit) -> None:
     """``uns["scvi_ext"]["fits"][fit.key]``, replacing an earlier one, and the note that it is the last fit."""
     saved = {
         "model": fit.model,
-        "config": _without_none(fit.config),
+        "config": _without_none({name: NONE if value is None else value for name, value in fit.config.items()}),
         "run": _without_none(fit.run),
         "setup": dict(fit.setup),
         "var_names": np.asarray(fit.var_names, dtype=object),

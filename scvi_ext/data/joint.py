@@ -12,7 +12,6 @@ import pandas as pd
 
 from scvi_ext.data.blocks import Block
 
-
 if TYPE_CHECKING:
     import torch
 

@@ -12,7 +12,7 @@ from anndata import AnnData
 
 from scvi_ext._contract import DataSummary, ProteinSummary, SavedFit
 from scvi_ext._errors import listing, missing_key
-from scvi_ext._keys import FORMAT, UNS
+from scvi_ext._keys import FORMAT, NONE, UNS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,7 +180,7 @@ def read_fit(adata: AnnData, key: str | None = None) -> SavedFit:
     return SavedFit(
         key=key,
         model=str(saved["model"]),
-        config=_plain(saved.get("config", {})),
+        config={k: None if v == NONE else v for k, v in _plain(saved.get("config", {})).items()},
         run=_plain(saved.get("run", {})),
         setup=Registry.from_uns(saved["setup"]).to_uns(),
         var_names=np.array(_strings(saved["var_names"])),

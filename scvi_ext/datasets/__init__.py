@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from ._pbmc68k_counts import pbmc68k_counts
 from ._pbmc_cite_seq import pbmc_cite_seq
-from ._synthetic import synthetic_cite, synthetic_corr, synthetic_iid, synthetic_random, synthetic_zi_corr
+from ._synthetic import (
+    synthetic_cite,
+    synthetic_corr,
+    synthetic_iid,
+    synthetic_random,
+    synthetic_zero_inflated,
+    synthetic_zi_corr,
+)
 
 __all__ = [
     "pbmc68k_counts",
@@ -13,5 +20,6 @@ __all__ = [
     "synthetic_corr",
     "synthetic_iid",
     "synthetic_random",
+    "synthetic_zero_inflated",
     "synthetic_zi_corr",
 ]

@@ -436,7 +436,97 @@ def synthetic_cite(
     return adata
 
 
-def _nb(rng: np.random.Generator, mean: np.ndarray, theta: float) -> np.ndarray:
+def synthetic_zero_inflated(
+    *,
+    n_cells_batch: int = 1000,
+    n_genes: int = 200,
+    n_batches: int = 1,
+    n_types: int = 4,
+    share: float = 0.5,
+    least_dropout: float = 0.1,
+    most_dropout: float = 0.6,
+    by_batch: bool = False,
+    seed: int = 0,
+) -> AnnData:
+    r"""Draw counts of cell types in which some genes have technical zeros, and others have none.
+
+    Cell types :math:`k_c` are uniform, and every gene has a level in each of them:
+
+    .. math::
+
+        w_{cg} \sim \mathrm{NB}(\text{mean } l_c \mu_g e^{0.7 u_{g,k_c}}, \theta_g), \quad
+        \log l_c \sim N(0, 0.3^2), \quad m_{cg} \sim \mathrm{Bernoulli}(1 - \pi_g), \quad x_{cg} = m_{cg} w_{cg}
+
+    with :math:`\mu` between 0.5 and 20, :math:`\theta` between 1 and 10 (both log-uniform) and standard normal
+    :math:`u`. The dropout :math:`\pi` is uniform between its bounds for inflated genes, and 0 for the others.
+
+    Parameters
+    ----------
+    n_cells_batch
+        Cells in each batch.
+    n_genes, n_batches, n_types
+        Sizes.
+    share
+        Of the genes that are inflated, from 0 to below 1. The number is rounded.
+    least_dropout, most_dropout
+        Bounds of the probability of a technical zero in an inflated gene, from 0 to below 1.
+    by_batch
+        Whether every batch has inflated genes of its own, or the first one's are those of all.
+    seed
+        Of a generator of its own; numpy's global one is left alone.
+
+    Returns
+    -------
+    AnnData of ``n_batches * n_cells_batch`` cells, batch after batch.
+
+    ``X``
+        Counts, CSR float32.
+    ``obs["batch"]``, ``obs["cell_type"]``
+        ``batch_0``, ... and ``type_0``, ..., categorical.
+    ``varm["dropout"]``
+        Truth: :math:`\pi` of each batch, a DataFrame of genes x batches, float64. Above 0 where a gene is inflated.
+    ``layers["rate"]``
+        Truth: the mean of :math:`w`, dense float32.
+
+    Raises
+    ------
+    ValueError
+        A size or parameter is out of range.
+
+    Examples
+    --------
+    >>> import scvi_ext as sx
+    >>> adata = sx.datasets.synthetic_zero_inflated(n_cells_batch=50, n_genes=20)
+    >>> int((adata.varm["dropout"]["batch_0"] > 0).sum())
+    10
+    """
+    _at_least(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_batches=n_batches, n_types=n_types)
+    _probability(share=share, least_dropout=least_dropout, most_dropout=most_dropout)
+    _at_least(least_dropout, most_dropout=most_dropout)
+    rng = np.random.default_rng(seed)
+    batch = np.repeat(np.arange(n_batches), n_cells_batch)
+    cell_type = rng.integers(n_types, size=len(batch))
+    level = np.exp(rng.uniform(np.log(0.5), np.log(20.0), n_genes) + 0.7 * rng.standard_normal((n_types, n_genes)))
+    theta = np.exp(rng.uniform(0.0, np.log(10.0), n_genes))
+    rate = np.exp(0.3 * rng.standard_normal((len(batch), 1))) * level[cell_type]
+    counts = _nb(rng, rate, theta)
+
+    n_inflated = round(share * n_genes)
+    dropout = np.zeros((n_batches, n_genes))
+    for of_batch in dropout if by_batch else dropout[:1]:
+        of_batch[rng.permutation(n_genes)[:n_inflated]] = rng.uniform(least_dropout, most_dropout, n_inflated)
+    if not by_batch:
+        dropout[1:] = dropout[0]
+    counts[rng.random(counts.shape) < dropout[batch]] = 0
+    adata = _adata(counts)
+    adata.obs["batch"] = _categorical("batch", batch, n_batches)
+    adata.obs["cell_type"] = _categorical("type", cell_type, n_types)
+    adata.varm["dropout"] = pd.DataFrame(dropout.T, index=adata.var_names, columns=_names("batch", n_batches))
+    adata.layers["rate"] = rate.astype(np.float32)
+    return adata
+
+
+def _nb(rng: np.random.Generator, mean: np.ndarray, theta: float | np.ndarray) -> np.ndarray:
     return rng.negative_binomial(theta, theta / (theta + mean))
 
 

@@ -16,19 +16,18 @@ import torch
 from scipy.special import logsumexp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
-    from scvi_ext._contract import Minibatch
+    from scvi_ext._contract import Loss, Minibatch
 
 
 def compute_elbo(vae: nn.Module, posterior: Iterable[Minibatch]) -> float:
     """Mean negative ELBO per cell, at one posterior sample."""
 
     def per_cell(cells: Minibatch) -> Tensor:
-        loss = vae.loss(cells)
-        return loss.reconstruction + loss.kl_z + loss.kl_library
+        return -elbo_of_loss(vae.loss(cells))
 
     return _mean_over_cells(per_cell, posterior)
 
@@ -51,16 +50,28 @@ def compute_marginal_log_likelihood_scvi(
     return _mean_over_cells(per_cell, posterior)
 
 
-def elbo_of_cells(vae: nn.Module, cells: Minibatch, noise: Tensor) -> Tensor:
+def elbo_of_loss(loss: Loss) -> Tensor:
+    """ELBO of each cell, shape (B,): minus its parts, the share of what belongs to all cells included."""
+    total = loss.reconstruction + loss.kl_z + loss.kl_library
+    return -total if loss.kl_global is None else -(total + loss.kl_global)
+
+
+def elbo_of_cells(vae: nn.Module, cells: Minibatch, noise: Tensor, shared: Sequence[Tensor | None]) -> Tensor:
     """ELBO of each cell, shape (B,), averaged over the posterior samples that are made from ``noise`` (B, S, n_noise).
 
-    Higher is better.
+    ``shared`` are S draws of what all cells share, or S times None. Higher is better.
     """
-    total = 0
-    for s in range(noise.shape[1]):
-        loss = vae.loss(cells, noise=noise[:, s])
-        total = total - (loss.reconstruction + loss.kl_z + loss.kl_library)
-    return total / noise.shape[1]
+    return sum(elbo_of_loss(loss_at(vae, cells, noise[:, s], draw)) for s, draw in enumerate(shared)) / len(shared)
+
+
+def loss_at(vae: nn.Module, cells: Minibatch, noise: Tensor, shared: Tensor | None) -> Loss:
+    """The loss at the posterior sample that is made from ``noise`` (B, n_noise), and a draw of what all cells share."""
+    return vae.loss(cells, noise=noise) if shared is None else vae.loss(cells, noise=noise, shared=shared)
+
+
+def draws_of_shared(vae: nn.Module, n_samples: int, seed: int) -> list[Tensor | None]:
+    """So many draws of what all cells share, the same whatever the cells; None each where there is no such thing."""
+    return [vae.draw_shared(np.random.default_rng([seed, s])) for s in range(n_samples)]
 
 
 def effective_sample_size(log_weights: np.ndarray) -> np.ndarray:

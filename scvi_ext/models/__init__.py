@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scvi_ext._contract import Minibatch
+from scvi_ext._contract import Capability, Minibatch
 from scvi_ext._errors import one_of
 from scvi_ext.functional.counts import log_mixture_nb, log_nb_positive, log_zinb_positive
 from scvi_ext.functional.evidence import (
@@ -99,6 +99,8 @@ def show() -> pd.DataFrame:
 def build(spec: ModelSpec, config: object, summary: DataSummary, frozen: Mapping | None = None) -> nn.Module:
     """A fresh module for data of these sizes, around one that is ``frozen`` where a fit has such a part."""
     sizes, inside = asdict(summary), {}
+    if Capability.ZERO_INFLATION not in spec.capabilities:  # the only models with variables that all cells share
+        del sizes["n_train"]
     proteins = sizes.pop("proteins")
     shape = [sizes.pop("n_input")]
     if "protein" in spec.needs(config):

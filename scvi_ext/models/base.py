@@ -30,6 +30,7 @@ from scvi_ext.nn.library import SizeFactorLibrary, make_library
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from torch import Tensor
 
 _WITH_THETA = frozenset({"zinb", "nb", "normal"})
@@ -227,7 +228,9 @@ class CountVAE(nn.Module, ABC):
         """From the normal variable to the one that is decoded: itself, or its softmax for a logistic normal."""
         return torch.softmax(z, dim=-1) if self.latent_distribution == "ln" else z
 
-    def decode(self, z: Tensor, cells: Minibatch, log_library: Tensor | None = None) -> Expression:
+    def decode(
+        self, z: Tensor, cells: Minibatch, log_library: Tensor | None = None, shared: Tensor | None = None
+    ) -> Expression:
         """p(x | z, l) at the covariates of ``cells``.
 
         Parameters
@@ -238,11 +241,13 @@ class CountVAE(nn.Module, ABC):
             Give batch and covariates (and the counts, where the library is observed).
         log_library
             Shape (B, 1) or (S, B, 1); None takes the observed or given one, or the mean of q(l | x).
+        shared
+            A draw of what all cells share, see :meth:`draw_shared`; None takes its mean, if there is such a thing.
         """
         if log_library is None:
             ql = self.encode_library(cells)
             log_library = self.library.point(cells) if ql is None else ql.loc
-        logits, log_theta, dropout_logits = self._heads(z, cells)
+        logits, log_theta, dropout_logits = self._heads(z, cells, shared)
         scale = self.decoder.scale_activation(logits)
         theta = None if log_theta is None else torch.exp(log_theta)
         return Expression(scale, torch.exp(log_library) * scale, theta, dropout_logits)
@@ -255,20 +260,22 @@ class CountVAE(nn.Module, ABC):
         """log p(x | z, l) of each cell: the sum over genes, shape (B,) or (S, B)."""
         return self.likelihood(x.to_dense(), px).sum(-1)
 
-    def log_px(self, z: Tensor, cells: Minibatch, log_library: Tensor) -> Tensor:
+    def log_px(self, z: Tensor, cells: Minibatch, log_library: Tensor, shared: Tensor | None = None) -> Tensor:
         """The same from z and the log library: by a fused kernel where there is one, else through :meth:`decode`.
 
         Kernels of the processor take sparse rows only.
         """
         kernel, _ = fused.choose(self.reconstruction_loss, z.device.type, z.dtype)
         if kernel is None or (z.device.type == "cpu" and not isinstance(cells.x, SparseRows)):
-            return self.log_likelihood(cells.x, self.decode(z, cells, log_library))
-        logits, log_theta, dropout_logits = self._heads(z, cells)
+            return self.log_likelihood(cells.x, self.decode(z, cells, log_library, shared))
+        logits, log_theta, dropout_logits = self._heads(z, cells, shared)
         return fused.log_likelihood(
             kernel, cells.x, self.decoder.softmax, logits, log_library, log_theta, dropout_logits
         )
 
-    def _heads(self, z: Tensor, cells: Minibatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _heads(
+        self, z: Tensor, cells: Minibatch, shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the decoder says before any activation, log theta taken from where it is: (B, G) or (G,) each."""
         cells = self.with_labels(cells)
         logits, log_theta, dropout_logits = self.decoder.heads(*self._decoder_input(z, cells))
@@ -308,14 +315,27 @@ class CountVAE(nn.Module, ABC):
         z = sample_normal(qz, noise_z)
         return z, self.library.point(cells) if ql is None else sample_normal(ql, noise_l)
 
+    def draw_shared(self, rng: np.random.Generator | None = None) -> Tensor | None:
+        """A posterior sample of the latent variables that all cells share, by torch's generator or ``rng``; or None."""
+        return None
+
+    def kl_shared(self) -> Tensor:
+        """KL(q || p) of these, shape (); zero where there are none."""
+        return torch.zeros((), device=next(self.parameters()).device)
+
     def log_weight(
-        self, cells: Minibatch, posteriors: tuple[Posterior, Posterior | None], noise: Tensor | None = None
+        self,
+        cells: Minibatch,
+        posteriors: tuple[Posterior, Posterior | None],
+        noise: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> Tensor:
         """log p(x, z, l) - log q(z, l | x) at one posterior sample, shape (B,): its exponential averages to p(x)."""
         qz, ql = posteriors
         z, log_library = self.draw(cells, posteriors, noise)
         prior = Posterior(torch.zeros_like(qz.loc), torch.ones_like(qz.scale))
-        log_weight = self.log_px(self.transform_z(z), cells, log_library) + log_density(z, prior) - log_density(z, qz)
+        log_px = self.log_px(self.transform_z(z), cells, log_library, shared)
+        log_weight = log_px + log_density(z, prior) - log_density(z, qz)
         if ql is not None:
             log_weight += log_density(log_library, self.library.prior(cells)) - log_density(log_library, ql)
         return log_weight
@@ -435,7 +455,7 @@ class CountVAE(nn.Module, ABC):
         batch_index: Tensor | None = None,
         y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three slots of the seed's loss: reconstruction + KL of the library, KL of z, global KL (zero here).
+        """The three slots of the seed's loss: reconstruction + KL of the library, KL of z, KL of what all cells share.
 
         Parameters
         ----------
@@ -453,11 +473,11 @@ class CountVAE(nn.Module, ABC):
         cells = self._cells(x, batch_index, y)
         qz, ql = posteriors = self.posteriors(cells)
         z, log_library = self.draw(cells, posteriors)
-        reconstruction = -self.log_px(self.transform_z(z), cells, log_library)
+        reconstruction = -self.log_px(self.transform_z(z), cells, log_library, self.draw_shared())
         return (
             reconstruction + self._kl_library(ql, cells, local_l_mean, local_l_var),
             kl_standard_normal(qz),
-            x.new_zeros(()),
+            self.kl_shared(),
         )
 
     def _kl_library(

@@ -13,7 +13,7 @@ from scvi_ext.engine.map_cells import map_cells
 from scvi_ext.engine.plan import make_plan
 from scvi_ext.engine.refit import refit_encoders
 from scvi_ext.fitted import Fitted
-from scvi_ext.functional.evidence import elbo_of_cells
+from scvi_ext.functional.evidence import draws_of_shared, elbo_of_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,9 +169,11 @@ def amortization_gap(
 
 def _elbo(module: nn.Module, store: CellStore, n_samples: int, seed: int, device: torch.device) -> np.ndarray:
     """ELBO of each cell, shape (n,), always from the same draws."""
+    shared = draws_of_shared(module.to(device), n_samples, seed)
 
     def elbo(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
-        return (elbo_of_cells(module, cells, draws.normal(len(cells.x), n_samples, module.n_noise)).double(),)
+        noise = draws.normal(len(cells.x), n_samples, module.n_noise)
+        return (elbo_of_cells(module, cells, noise, shared).double(),)
 
     size = n_samples * module.n_noise
     parts = map_cells(elbo, module, store, device=device, seed=seed, floats_per_cell=size)

@@ -96,7 +96,7 @@ def get_marginal_ll(
     )
 
 
-def _marginal_ll(module: nn.Module, cells: Minibatch, noise: Tensor) -> Tensor:
+def _marginal_ll(module: nn.Module, cells: Minibatch, noise: Tensor, shared: Sequence[Tensor | None]) -> Tensor:
     """log-mean-exp of the importance weights, shape (B,); memory does not depend on the number of samples."""
     posteriors = module.posteriors(cells)
     log_sum = torch.full((len(cells.x),), -math.inf, dtype=torch.float64, device=cells.batch_index.device)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from scvi_ext.functional.evidence import loss_at
 from scvi_ext.tl._per_cell import per_cell
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def get_reconstruction_error(
     )
 
 
-def _reconstruction_error(module: nn.Module, cells: Minibatch, noise: Tensor) -> Tensor:
+def _reconstruction_error(
+    module: nn.Module, cells: Minibatch, noise: Tensor, shared: Sequence[Tensor | None]
+) -> Tensor:
     """Mean over posterior samples, shape (B,)."""
-    return sum(module.loss(cells, noise=noise[:, s]).reconstruction for s in range(noise.shape[1])) / noise.shape[1]
+    losses = (loss_at(module, cells, noise[:, s], draw) for s, draw in enumerate(shared))
+    return sum(loss.reconstruction for loss in losses) / len(shared)

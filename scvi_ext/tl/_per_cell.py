@@ -9,7 +9,9 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._errors import whole_number
+from scvi_ext.engine.device import resolve_device, resolve_seed
 from scvi_ext.fitted import Fitted
+from scvi_ext.functional.evidence import draws_of_shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 def per_cell(
     adata: AnnData,
-    value: Callable[[nn.Module, Minibatch, Tensor], Tensor],
+    value: Callable[[nn.Module, Minibatch, Tensor, Sequence[Tensor | None]], Tensor],
     name: str,
     *,
     key: str | None,
@@ -35,7 +37,9 @@ def per_cell(
     key_added: str | None,
     copy: bool,
 ) -> float | AnnData | None:
-    """Compute ``value(module, cells, noise)`` with noise of shape (B, S, n_noise) for every cell.
+    """Compute ``value(module, cells, noise, shared)`` for every cell.
+
+    ``noise`` has the shape (B, S, n_noise), and ``shared`` are S draws of what all cells share, or S times None.
 
     ``name`` is the attribute of :class:`~scvi_ext._keys.FitKeys` that names the slot.
     """
@@ -47,10 +51,11 @@ def per_cell(
     fitted = Fitted.open(adata, key, indices)
     slot = fitted.slot("obs", getattr(fitted.keys, name), key_added)
     module = fitted.module
+    shared = draws_of_shared(module.to(resolve_device()), n_samples, resolve_seed(seed))
 
     def values_of(cells: Minibatch, draws: Draws) -> np.ndarray:
         noise = draws.normal(len(cells.x), n_samples, module.n_noise)
-        return (value(module, cells, noise).double(),)
+        return (value(module, cells, noise, shared).double(),)
 
     what = name.replace("_", " ")
     start = logg.info(f"computing the {what} of fit {fitted.fit.key!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,7 +103,8 @@ def prepare(
     plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), **pace, **plan)
     patience = _patience(early_stopping, plan_, len(validation))
     with seeded(seed, resolve_device("cpu")):
-        module = models.build(spec, config, store.summary(registry), frozen)
+        summary = replace(store.summary(registry), n_train=len(train))
+        module = models.build(spec, config, summary, frozen)
     if start is not None:
         _take_over(module.frozen if encloses else module, start, spec)
     run = {
@@ -185,7 +186,7 @@ def _config(
         model_params = {"library": "size_factor"} | model_params
     for field in fields(spec.config):
         value = model_params.get(field.name)
-        if value is None and field.default is None:
+        if value is None and "None" in field.type:
             continue
         if "tuple" in field.type:
             model_params[field.name] = _by_label(field.name, value, registry)

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, replace
 from itertools import product
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 from scvi_ext import models
@@ -58,6 +59,9 @@ VALUES = {
     "dropout_rate_decoder": (0.2, 0.0),
     "dropout_rate_encoder": (0.2, 0.0),
     "protein_weight": (1.0, 0.5),
+    "alpha_prior": (0.5, 0.3),
+    "beta_prior": (0.5, 0.8, None),
+    "minimal_dropout": (0.01, 0.0),
 }
 
 # What an option needs beside it to have an effect.
@@ -113,6 +117,12 @@ def take(cells: Minibatch, rows: Any) -> Minibatch:
 def noise(module: torch.nn.Module, n_cells: int = N_CELLS, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n_cells, module.n_noise, generator=generator, dtype=torch.float64)
+
+
+def given(module: torch.nn.Module, draws: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All that a loss draws, fixed: what each cell takes, and what all cells share."""
+    shared = module.draw_shared(np.random.default_rng(2))
+    return {"noise": draws} if shared is None else {"noise": draws, "shared": shared}
 
 
 def values(name: str) -> dict[str, tuple]:

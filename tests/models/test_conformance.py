@@ -19,6 +19,7 @@ from _small import (
     SUMMARY,
     all_measured,
     build,
+    given,
     label,
     make_cells,
     named,
@@ -115,13 +116,17 @@ def test_config_is_what_the_constructor_takes(name):
             accepted = dict(parameters) | accepted
             passed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     accepted = {k: p for k, p in accepted.items() if p.kind is not p.VAR_KEYWORD and k != "self"}
-    accepted.pop("n_dense_input", None)  # how a model tells its base what it shows the encoders beside the genes
     shape = [k for k, p in accepted.items() if p.default is p.empty]
     sizes = {f.name for f in fields(DataSummary)} - {"n_input", "proteins"}
+    if Capability.ZERO_INFLATION not in spec.capabilities:
+        sizes -= {"n_train"}
     if needs(name, "protein"):
         sizes |= {f.name for f in fields(ProteinSummary)} - {"n_proteins"}
     assert len(shape) == (2 if needs(name, "protein") else 1)
     options = {f.name: f.default for f in fields(spec.config)}
+    # What a model tells its base: what it shows the encoders beside the genes, and the likelihood, if it has but one.
+    for name in {"n_dense_input", "reconstruction_loss"} - options.keys():
+        accepted.pop(name, None)
     assert options.keys() | sizes | set(shape) == accepted.keys()
     differing = {k: v for k, v in options.items() if v != accepted[k].default}
     # The class keeps the seed's latent library (and of totalVI logistic normal and dropout), the function has others.
@@ -188,8 +193,9 @@ def test_the_loss_is_the_mean_of_its_parts(name, options):
     module, cells = build(name, **options).eval(), make_cells()
     beside = []  # what is minimised beside the ELBO: the same at any weight
     for weight in (0.0, 0.3, torch.tensor(1.0)):
-        loss = module.loss(cells, kl_weight=weight, noise=noise(module))
-        beside.append(loss.total - (loss.reconstruction + weight * loss.kl_z + loss.kl_library).mean())
+        loss = module.loss(cells, kl_weight=weight, **given(module, noise(module)))
+        parts = loss.reconstruction + weight * loss.kl_z + loss.kl_library
+        beside.append(loss.total - (parts if loss.kl_global is None else parts + loss.kl_global).mean())
     expected = beside[0] if needs(name, "protein") else torch.zeros((), dtype=torch.float64)
     for found in beside:
         assert_close(found, expected, rtol=0, atol=FLOAT64["rtol"] * loss.total.item())
@@ -197,7 +203,7 @@ def test_the_loss_is_the_mean_of_its_parts(name, options):
 
 def assert_every_parameter_learns(name: str, module: nn.Module, cells: Minibatch) -> None:
     # A bias in front of a batch normalisation cancels in training mode: evaluation mode tells it from an unused one.
-    module.eval().loss(*streams(name, cells), noise=noise(module)).total.backward()
+    module.eval().loss(*streams(name, cells), **given(module, noise(module))).total.backward()
     assert {n for n, p in module.named_parameters() if not moves(p)} == of_critic(module)
     module.zero_grad(set_to_none=True)
     module.train().loss(*streams(name, cells)).total.backward()
@@ -253,7 +259,7 @@ def test_loss_falls(name, options):
     losses = []
     for _ in range(12):
         torch.manual_seed(0)  # the same dropout at every step
-        loss = module.loss(*streams(name, cells), noise=fixed).total
+        loss = module.loss(*streams(name, cells), **given(module, fixed)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -307,7 +313,7 @@ def inferred(module: nn.Module, cells: Minibatch, draws: torch.Tensor) -> dict[s
     z, log_library = module.draw(cells, posteriors, draws)
     px = module.decode(module.transform_z(z), cells, log_library)
     theta = px.theta.expand_as(px.rate) if px.theta is not None else px.rate
-    loss = module.loss(cells, noise=draws)
+    loss = module.loss(cells, **given(module, draws))
     return {
         "loc": qz.loc,
         "z": z,
@@ -412,7 +418,7 @@ def test_the_columns_that_are_read_are_those_declared(name, encode_covariates):
         declared = spec.needs(spec.config(**SMALL | options))
         assert declared <= set(Minibatch._fields)
         draws = noise(module)
-        before = module.loss(cells, noise=draws).total
+        before = module.loss(cells, **given(module, draws)).total
         changed = {
             "labels": (cells.labels + 1) % SUMMARY.n_labels,
             "size_factor": 2 * cells.size_factor,
@@ -422,7 +428,7 @@ def test_the_columns_that_are_read_are_those_declared(name, encode_covariates):
             "protein": cells.protein + 1,
         }
         for column, value in changed.items():
-            after = module.loss(cells._replace(**{column: value}), noise=draws).total
+            after = module.loss(cells._replace(**{column: value}), **given(module, draws)).total
             read = column in declared or column in ("categorical", "continuous", "batch_index")
             assert torch.equal(before, after) != read, (column, options)
 
@@ -451,13 +457,13 @@ def test_importance_weight_is_joint_over_posterior(name, options):
     module, cells = trained(name, **options), make_cells()
     draws, (qz, ql) = noise(module), module.posteriors(cells)
     z, log_library = module.draw(cells, (qz, ql), draws)
-    expected = -module.loss(cells, noise=draws).reconstruction
+    expected = -module.loss(cells, **given(module, draws)).reconstruction
     expected = expected + (Normal(0.0, 1.0).log_prob(z) - Normal(*qz).log_prob(z)).sum(-1)
     if ql is not None:
         prior = module.library.prior(cells)
         ratio = Normal(*prior).log_prob(log_library) - Normal(*ql).log_prob(log_library)
         expected = expected + ratio.squeeze(-1)
-    assert_close(module.log_weight(cells, (qz, ql), draws), expected, **FLOAT64)
+    assert_close(module.log_weight(cells, (qz, ql), **given(module, draws)), expected, **FLOAT64)
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _small import OF_GENES, build, label, make_cells, noise, variants
+from _small import OF_GENES, build, given, label, make_cells, noise, variants
 from _tolerances import FIT_WITH_KERNEL, MODULE_WITH_KERNEL
 from torch.testing import assert_close
 
@@ -42,7 +42,7 @@ def without_dropout(module):
 def loss_and_gradients(module, cells):
     draws = noise(module).to(next(module.parameters()).dtype)
     module.zero_grad()
-    loss = module.loss(cells, kl_weight=0.5, noise=draws)
+    loss = module.loss(cells, kl_weight=0.5, **given(module, draws))
     loss.total.backward()
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     return loss.reconstruction.detach(), gradients
@@ -74,9 +74,9 @@ def test_a_kernel_is_used_for_sparse_rows_in_float32_only(name, options, monkeyp
     module.loss(cells._replace(x=SparseRows.from_dense(cells.x.float())))
     assert not used
     module, cells = module.float(), float32(cells)
-    dense = module.loss(cells, noise=noise(module).float())
+    dense = module.loss(cells, **given(module, noise(module).float()))
     assert not used
-    sparse = module.loss(cells._replace(x=SparseRows.from_dense(cells.x)), noise=noise(module).float())
+    sparse = module.loss(cells._replace(x=SparseRows.from_dense(cells.x)), **given(module, noise(module).float()))
     assert used == [1]
     assert dense.total.isfinite()
     assert sparse.total.isfinite()
@@ -87,8 +87,8 @@ def test_likelihoods_without_kernel_take_sparse_rows_too(loss, monkeypatch):
     monkeypatch.setattr(fused, "log_likelihood", refuse)
     module, cells = without_dropout(build("scvi", reconstruction_loss=loss)).float(), float32(make_cells())
     draws = noise(module).float()
-    dense = module.loss(cells, noise=draws)
-    sparse = module.loss(cells._replace(x=SparseRows.from_dense(cells.x)), noise=draws)
+    dense = module.loss(cells, **given(module, draws))
+    sparse = module.loss(cells._replace(x=SparseRows.from_dense(cells.x)), **given(module, draws))
     for a, b in zip(dense, sparse, strict=True):
         assert_close(a, b, **MODULE_WITH_KERNEL)
 
