@@ -94,6 +94,14 @@ class FitKeys:
         return f"{self.key}_posterior_predictive"  # a sample in layers or obsm, a check in uns
 
     @property
+    def zero_inflation(self) -> str:
+        return f"{self.key}_zero_inflation"  # var or varm: the stem of several names, see zero_inflation_slots
+
+    @property
+    def technical_zeros(self) -> str:
+        return f"{self.key}_technical_zeros"  # layers
+
+    @property
     def protein(self) -> str:
         return f"{self.key}_protein"  # obsm, as all tables of cells x proteins
 
@@ -149,6 +157,14 @@ def valid_key(key: object) -> str:
         msg = f"key_added={key!r} must be a name, not '.' or '..', and without '/' (h5ad and zarr take it for a path)."
         raise ValueError(msg)
     return key
+
+
+ZERO_INFLATION = ("alpha", "beta", "probability", "called", "share")
+
+
+def zero_inflation_slots(stem: str) -> dict[str, str]:
+    """What is told of the zero inflation of each gene -> its slot in ``var``, or in ``varm`` by batch or label."""
+    return {what: f"{stem}_{what}" for what in ZERO_INFLATION}
 
 
 def of_proteins(slot: str) -> str:

@@ -118,7 +118,7 @@ def write_obs_categories(
 
 
 def write_var(adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray) -> None:
-    """``var[name]`` of the genes at ``columns``; others are NaN."""
+    """``var[name]`` of the genes at ``columns``; others are NaN, or False."""
     _own(adata)
     adata.var[name] = _spread(values, adata.n_vars, columns)
 
@@ -148,7 +148,7 @@ def is_of_proteins(value: Any) -> bool:
 def write_varm(
     adata: AnnData, name: str, values: np.ndarray, columns: np.ndarray, names: Sequence[str] | None = None
 ) -> None:
-    """``varm[name]`` of the genes at ``columns``, as a table where its columns have ``names``; others are NaN."""
+    """``varm[name]`` of the genes at ``columns``, as a table where its columns have ``names``; others NaN, or False."""
     _own(adata)
     values = _spread(values, adata.n_vars, columns)
     adata.varm[name] = values if names is None else _table(values, adata.var_names, names)
@@ -232,9 +232,9 @@ def _table(values: np.ndarray, index: pd.Index, names: Sequence[str]) -> pd.Data
 
 
 def _spread(values: np.ndarray, n: int, where: np.ndarray | None) -> np.ndarray:
-    """``values`` at the positions ``where`` of an array of length ``n`` that is NaN elsewhere."""
+    """``values`` at the positions ``where`` of an array of length ``n`` that is NaN (of booleans: False) elsewhere."""
     if where is None:
         return values
-    spread = np.full((n, *values.shape[1:]), np.nan, dtype=values.dtype)
+    spread = np.full((n, *values.shape[1:]), False if values.dtype == bool else np.nan, dtype=values.dtype)
     spread[where] = values
     return spread

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import logsigmoid
 
+from scvi_ext.functional.counts import log_nb_positive
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from scvi_ext._contract import Expression
 
 _TINY = 1e-30  # far above the smallest float32, far below anything that a likelihood notices
 
@@ -98,3 +102,13 @@ def inflation_logits(dropout: Tensor, logit_delta: Tensor, minimal: float) -> Te
         Smallest inflation of an inflated gene.
     """
     return _InflationLogits.apply(dropout, logit_delta, minimal)
+
+
+def technical_zero_probability(x: Tensor, px: Expression) -> Tensor:
+    r"""Probability that a count of a zero-inflated negative binomial is a technical zero, given the count: (B, G).
+
+    .. math::
+        \frac{q}{q + (1 - q)\, \mathrm{NB}(0)} \text{ of a zero}, \qquad 0 \text{ of any other count}
+    """
+    log_nb_of_zero = log_nb_positive(torch.zeros_like(px.rate), px.rate, px.theta)
+    return torch.sigmoid(px.dropout_logits - log_nb_of_zero) * (x == 0)

@@ -12,6 +12,7 @@ from scvi_ext.get._metrics_df import metrics_df
 from scvi_ext.get._model import model
 from scvi_ext.get._posterior_predictive import posterior_predictive
 from scvi_ext.get._setup import setup
+from scvi_ext.get._zero_inflation_df import zero_inflation_df
 from scvi_ext.modalities import takes_mudata
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "model",
     "posterior_predictive",
     "setup",
+    "zero_inflation_df",
 ]
 
 for _name in __all__:

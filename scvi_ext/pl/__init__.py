@@ -7,5 +7,15 @@ from scvi_ext.pl._loadings import loadings
 from scvi_ext.pl._metrics import metrics
 from scvi_ext.pl._posterior_predictive import posterior_predictive
 from scvi_ext.pl._volcano import volcano
+from scvi_ext.pl._zero_inflation import zero_inflation
 
-__all__ = ["confusion", "history", "imputation", "loadings", "metrics", "posterior_predictive", "volcano"]
+__all__ = [
+    "confusion",
+    "history",
+    "imputation",
+    "loadings",
+    "metrics",
+    "posterior_predictive",
+    "volcano",
+    "zero_inflation",
+]

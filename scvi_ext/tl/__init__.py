@@ -20,6 +20,8 @@ from scvi_ext.tl._get_protein_background import get_protein_background
 from scvi_ext.tl._get_protein_expression import get_protein_expression
 from scvi_ext.tl._get_protein_foreground import get_protein_foreground
 from scvi_ext.tl._get_reconstruction_error import get_reconstruction_error
+from scvi_ext.tl._get_technical_zeros import get_technical_zeros
+from scvi_ext.tl._get_zero_inflation import get_zero_inflation
 from scvi_ext.tl._imputation_score import imputation_score
 from scvi_ext.tl._map_query import map_query
 from scvi_ext.tl._posterior_predictive_check import posterior_predictive_check
@@ -46,6 +48,8 @@ __all__ = [
     "get_protein_expression",
     "get_protein_foreground",
     "get_reconstruction_error",
+    "get_technical_zeros",
+    "get_zero_inflation",
     "imputation_score",
     "map_query",
     "posterior_predictive_check",

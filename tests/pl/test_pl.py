@@ -43,6 +43,13 @@ def draw_volcano(adata, **options):
     return sx.pl.volcano(adata, "t0", **options)
 
 
+def draw_zero_inflation(adata, **options):
+    if "autozi_zero_inflation_share" not in adata.var:
+        sx.tl.fit(adata, "autozi", max_epochs=2, n_hidden=8)
+        sx.tl.get_zero_inflation(adata)
+    return sx.pl.zero_inflation(adata, "autozi", **options)
+
+
 PLOTS = {
     "confusion": draw_confusion,
     "history": lambda *a, **k: sx.pl.history(*a, **k),
@@ -51,6 +58,7 @@ PLOTS = {
     "loadings": lambda a, **k: sx.pl.loadings(a, "ldvae", **k),
     "posterior_predictive": draw_posterior_predictive,
     "volcano": draw_volcano,
+    "zero_inflation": draw_zero_inflation,
 }
 
 

@@ -43,7 +43,8 @@ def slots(adata: ad.AnnData) -> set[tuple[str, str]]:
 def test_every_read_out_of_cells_is_tested_here():
     public = {name for name in sx.tl.__all__ if name.startswith("get_")}
     of_proteins = {"get_protein_background", "get_protein_expression", "get_protein_foreground"}
-    elsewhere = {"get_drift", "get_importance_weights", "get_loadings"} | of_proteins
+    of_zeros = {"get_technical_zeros", "get_zero_inflation"}
+    elsewhere = {"get_drift", "get_importance_weights", "get_loadings"} | of_proteins | of_zeros
     assert public == set(EXPECTED) | elsewhere
 
 
