@@ -21,6 +21,7 @@ from scvi_ext._errors import one_of
 from scvi_ext.functional.counts import log_mixture_nb, log_nb_positive, log_zinb_positive
 from scvi_ext.functional.evidence import (
     compute_elbo,
+    compute_marginal_log_likelihood_autozi,
     compute_marginal_log_likelihood_scvi,
     compute_reconstruction_error,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "broadcast_labels",
     "build",
     "compute_elbo",
+    "compute_marginal_log_likelihood_autozi",
     "compute_marginal_log_likelihood_scvi",
     "compute_reconstruction_error",
     "enumerate_discrete",

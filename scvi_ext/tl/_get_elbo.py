@@ -27,7 +27,8 @@ def get_elbo(
 
     It never exceeds the marginal log-likelihood (:func:`~scvi_ext.tl.get_marginal_ll`) on average. For a model
     with proteins x are genes and the proteins that were measured, and the divergence of their background is taken off
-    too.
+    too. For a model with latent variables that all cells share (delta of AutoZI) so is their divergence, divided by the
+    number of cells that were trained on.
 
     Parameters
     ----------

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scvi_ext.functional.evidence import log_marginal_of_all, log_weights_of_all
 from scvi_ext.tl._per_cell import per_cell
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from scvi_ext._contract import Minibatch
+    from scvi_ext.engine.map_cells import Draws
+    from scvi_ext.fitted import Fitted
 
 
 def get_marginal_ll(
@@ -32,6 +35,13 @@ def get_marginal_ll(
 
     log p(x) is estimated by log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x). The estimate is too low on average, by
     less the more samples are taken. For a model with proteins x are genes and the proteins that were measured.
+
+    Of a model with latent variables that all cells share (delta of AutoZI), cells are not independent: their mean is
+    log p(x) of all of them together, divided by their number, with one draw of delta for all cells in every sample.
+    Hundreds of cells in one weight leave it to few samples, so that the estimate is not far above the ELBO: compare
+    fits on the same cells with as many samples. The values of single cells, ``return_mean=False``, are log p(x) of a
+    cell given the posterior of delta. A count depends on one delta only, and linearly, so that they are exact at its
+    mean; their sum is not what all cells have together.
 
     Parameters
     ----------
@@ -93,7 +103,22 @@ def get_marginal_ll(
         seed=seed,
         key_added=key_added,
         copy=copy,
+        mean_of_all=_of_all_cells,
     )
+
+
+def _of_all_cells(fitted: Fitted, shared: Sequence[Tensor], batch_size: int | None, seed: int | None) -> float:
+    """log p(x) of all cells together, per cell; memory does not depend on their number."""
+    module = fitted.module
+
+    def sums(cells: Minibatch, draws: Draws) -> tuple[Tensor]:
+        noise = draws.normal(len(cells.x), len(shared), module.n_noise)
+        return (log_weights_of_all(module, cells, noise, shared),)
+
+    floats_per_cell = len(shared) * module.n_noise
+    parts = fitted.map(sums, batch_size=batch_size, seed=seed, floats_per_cell=floats_per_cell)
+    log_weights = sum(of_cells for _, (of_cells,) in parts)
+    return log_marginal_of_all(module, log_weights, shared) / fitted.store.n_cells
 
 
 def _marginal_ll(module: nn.Module, cells: Minibatch, noise: Tensor, shared: Sequence[Tensor | None]) -> Tensor:

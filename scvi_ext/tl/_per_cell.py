@@ -36,10 +36,13 @@ def per_cell(
     seed: int | None,
     key_added: str | None,
     copy: bool,
+    mean_of_all: Callable[[Fitted, Sequence[Tensor], int | None, int | None], float] | None = None,
 ) -> float | AnnData | None:
     """Compute ``value(module, cells, noise, shared)`` for every cell.
 
     ``noise`` has the shape (B, S, n_noise), and ``shared`` are S draws of what all cells share, or S times None.
+
+    ``mean_of_all(fitted, shared, batch_size, seed)`` is the mean where cells share something, if it is another one then.
 
     ``name`` is the attribute of :class:`~scvi_ext._keys.FitKeys` that names the slot.
     """
@@ -59,6 +62,10 @@ def per_cell(
 
     what = name.replace("_", " ")
     start = logg.info(f"computing the {what} of fit {fitted.fit.key!r}")
+    if return_mean and mean_of_all is not None and shared[0] is not None:
+        mean = mean_of_all(fitted, shared, batch_size, seed)
+        logg.info("    finished", time=start)
+        return mean
     parts = fitted.map(values_of, batch_size=batch_size, seed=seed, floats_per_cell=n_samples * module.n_noise)
     values = np.concatenate([part for _, (part,) in parts])
     if return_mean:

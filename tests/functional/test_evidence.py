@@ -35,6 +35,9 @@ class Fixed(nn.Module):
         reconstruction, kl_z, kl_library = cells.x[:, 0] ** 2, 10 * cells.x[:, 1], 1000 + cells.x[:, 2]
         return Loss((reconstruction + kl_library + 0.1 * kl_z).mean(), reconstruction, kl_z, kl_library)
 
+    def kl_shared(self) -> torch.Tensor:
+        return torch.zeros(())
+
     def posteriors(self, cells: Minibatch) -> None:
         return None
 
