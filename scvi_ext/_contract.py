@@ -81,6 +81,7 @@ class Capability(StrEnum):
     Z2 = "encode_z2"
     PROTEIN = "decode_protein"
     ZERO_INFLATION = "zero_inflation_posterior"
+    JOINT = "decode_joint"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,18 @@ class ProteinSummary:
 
 
 @dataclass(frozen=True)
+class JointSummary:
+    """The sizes of several data sets that one module is built for; batches are numbered through all of them."""
+
+    genes: tuple[tuple[int, ...], ...]  # of each data set, positions of its genes among all
+    n_genes: int  # of all
+    library_log_means: tuple[
+        tuple[float, ...], ...
+    ]  # of each data set, prior of the log library in each of all batches
+    library_log_vars: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class DataSummary:
     """The sizes a module is built from, and the prior of the log library size in each batch."""
 
@@ -119,6 +132,7 @@ class DataSummary:
     library_log_means: tuple[float, ...] = ()  # (K,)
     library_log_vars: tuple[float, ...] = ()  # (K,)
     proteins: ProteinSummary | None = None
+    joint: JointSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -154,3 +168,4 @@ class SavedFit:
     status: Mapping[str, Any]  # how the run went
     checkpoint: Mapping[str, np.ndarray] | None = None  # optimiser and random state, to go on exactly
     frozen: Mapping[str, Any] | None = None  # model and config of a fitted model inside it, whose weights stay
+    joint: Mapping[str, Any] | None = None  # the data sets it was fitted to, and which of them this is: data/joint.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, needs_capability, no_cells, one_of
 from scvi_ext._keys import UNS, FitKeys, valid_key
 from scvi_ext.data.corruption import corruption_layers
+from scvi_ext.data.joint import first_batch, sizes_of
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit
 from scvi_ext.data.store import CellStore, resolve_indices
 from scvi_ext.engine.device import resolve_device, resolve_seed
@@ -41,7 +42,7 @@ def load_module(adata: AnnData, key: str | None = None) -> tuple[SavedFit, Model
     fit = read_fit(adata, key)
     check_fit_matches_setup(fit, adata)
     registry = Registry.from_uns(fit.setup)
-    return fit, models.get(fit.model), registry, models.restore(fit, registry.sizes(len(fit.var_names)))
+    return fit, models.get(fit.model), registry, models.restore(fit, sizes_of(fit))
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Fitted:
         )
         if store.n_cells == 0:
             raise no_cells()
+        store = replace(store, batch_index=store.batch_index + first_batch(fit))
         if decodes and not infers_labels and store.labels is not None and (store.labels < 0).any():
             msg = (
                 f"{(store.labels < 0).sum()} of {store.n_cells} cells have no label, and fit {fit.key!r} decodes with "
@@ -156,7 +158,7 @@ class Fitted:
             raise ValueError(msg)
         for batch in wanted:
             one_of("transform_batch", batch, self.registry.batch_categories)
-        return [self.registry.batch_categories.index(batch) for batch in wanted]
+        return [first_batch(self.fit) + self.registry.batch_categories.index(batch) for batch in wanted]
 
     def batch_code(self, transform_batch: object) -> int | None:
         """The same for what is decoded in one batch only: samples cannot be averaged."""

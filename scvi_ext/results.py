@@ -58,6 +58,8 @@ def write_fit(adata: AnnData, fit: SavedFit) -> None:
     }
     if fit.frozen is not None:
         saved["frozen"] = _without_none(fit.frozen)
+    if fit.joint is not None:
+        saved["joint"] = dict(fit.joint)
     if fit.checkpoint is not None:
         saved["checkpoint"] = dict(fit.checkpoint)
     root = _root(adata)

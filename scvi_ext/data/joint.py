@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from scvi_ext._contract import DataSummary, JointSummary, Stream
 from scvi_ext.data.blocks import Block
+from scvi_ext.data.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
     import torch
 
-    from scvi_ext._contract import Minibatch, Stream
+    from scvi_ext._contract import Minibatch, SavedFit
     from scvi_ext.data.store import CellStore
 
 
@@ -57,6 +62,11 @@ class JointStore:
     def n_genes(self) -> int:
         """Number of genes that any data set has."""
         return len(self.var_names)
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Minibatches of each data set."""
+        return tuple(Stream(name, dataset=i) for i, name in enumerate(self.names))
 
     def cells_of(self, stream: Stream, cells: np.ndarray) -> np.ndarray:
         """Those of the positions ``cells`` that belong to the data set of a stream."""
@@ -104,3 +114,60 @@ class PartOfBlock:
 def resident(store: CellStore | JointStore, device: torch.device) -> Block | JointBlock:
     """All cells of a store on a device."""
     return JointBlock(store, device) if isinstance(store, JointStore) else Block(store, device)
+
+
+# ---- what a fit remembers of the data sets it was fitted to --------------------------------------------------------
+
+
+def describe(store: JointStore, registries: Sequence[Registry]) -> dict[str, Any]:
+    """The data sets in words and numbers that files can hold: names, all genes, and by position those of each."""
+    return {
+        "datasets": np.array(store.names, dtype=np.str_),
+        "genes": np.array(store.var_names, dtype=np.str_),
+        "positions": {str(i): positions for i, positions in enumerate(store.genes)},
+        "batches": {str(i): np.array(n_batches(registry)) for i, registry in enumerate(registries)},
+    }
+
+
+def n_batches(registry: Registry) -> int:
+    """Batches of a data set; 1 where none are registered."""
+    return max(1, len(registry.batch_categories))
+
+
+def first_batch(fit: SavedFit) -> int:
+    """What the batches of a fit's data set begin with, as the module numbers them."""
+    if fit.joint is None:
+        return 0
+    return sum(int(fit.joint["batches"][str(i)]) for i in range(position(fit)))
+
+
+def position(fit: SavedFit) -> int:
+    """Which of the data sets a fit belongs to, from 0."""
+    return list(fit.joint["datasets"]).index(fit.joint["dataset"])
+
+
+def sizes_of(fit: SavedFit) -> DataSummary:
+    """Sizes of a fit's module; priors that its weights hold are left at zero, to be filled in."""
+    summary = Registry.from_uns(fit.setup).sizes(len(fit.var_names))
+    if fit.joint is None:
+        return summary
+    number = len(fit.joint["datasets"])
+    genes = tuple(tuple(fit.joint["positions"][str(i)]) for i in range(number))
+    n_batch = sum(int(fit.joint["batches"][str(i)]) for i in range(number))
+    zeros = ((0.0,) * n_batch,) * number
+    return replace(summary, n_batch=n_batch, joint=JointSummary(genes, len(fit.joint["genes"]), zeros, zeros))
+
+
+def summary_of(store: JointStore, registries: Sequence[Registry]) -> DataSummary:
+    """The same of data, with the prior of the log library in each batch: that of other data sets' is N(0, 1)."""
+    counts = [n_batches(registry) for registry in registries]
+    first = np.cumsum([0, *counts])
+    means, variances = (np.full((len(counts), first[-1]), value) for value in (0.0, 1.0))
+    for i, (part, registry) in enumerate(zip(store.stores, registries, strict=True)):
+        own = slice(first[i], first[i + 1])
+        from_zero = replace(part, batch_index=part.batch_index - first[i])
+        of_part = from_zero.summary(registry)
+        means[i, own], variances[i, own] = of_part.library_log_means, of_part.library_log_vars
+    genes = tuple(tuple(positions.tolist()) for positions in store.genes)
+    priors = (tuple(map(tuple, values.tolist())) for values in (means, variances))
+    return DataSummary(store.n_genes, n_batch=int(first[-1]), joint=JointSummary(genes, store.n_genes, *priors))

@@ -189,6 +189,7 @@ def read_fit(adata: AnnData, key: str | None = None) -> SavedFit:
         status=_plain(saved.get("status", {})),
         checkpoint=None if checkpoint is None else {name: np.asarray(value) for name, value in checkpoint.items()},
         frozen=_plain(saved["frozen"]) if "frozen" in saved else None,
+        joint=_plain(saved["joint"]) if "joint" in saved else None,
     )
 
 

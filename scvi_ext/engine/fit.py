@@ -56,6 +56,15 @@ class Epochs:
         """Those of ``cells`` that belong to each stream."""
         return [self.store.cells_of(stream, cells) for stream in self.streams]
 
+    def held_out(self, cells: np.ndarray) -> list[np.ndarray]:
+        """The same of held-out cells: those of data sets that have fewer go round, as they do in training."""
+        streams = self.cells(cells)
+        most = max(map(len, streams))
+        goes_round = [
+            stream.dataset is not None and len(of) > 0 for stream, of in zip(self.streams, streams, strict=True)
+        ]
+        return [np.resize(of, most) if again else of for of, again in zip(streams, goes_round, strict=True)]
+
     def rows(self, train: np.ndarray, epoch: int) -> np.ndarray:
         """Positions of an epoch, (streams, steps, B)."""
         shape = (self.plan.steps_per_epoch, self.plan.batch_size)
@@ -206,7 +215,7 @@ def _train(
                 continue
             step.sums.zero_()
             steps_per_second = (end - start) / seconds
-            history = _history_row(row, step, plan, progress, epochs.cells(validation), steps_per_second)
+            history = _history_row(row, step, plan, progress, epochs.held_out(validation), steps_per_second)
             progress.history.append(history)
             bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
             if patience is not None and len(validation):
@@ -227,7 +236,7 @@ def _evaluate(step: TrainingStep, epochs: Epochs, held_out: np.ndarray, epoch: i
     """The same sums for held-out cells, in evaluation mode, with draws of their own: training does not notice."""
     module, block = step.module, step.block
     total = torch.zeros_like(step.sums)
-    streams = epochs.cells(held_out)
+    streams = epochs.held_out(held_out)
     if not any(map(len, streams)):
         return total
     n_passes = -(-max(map(len, streams)) // _VALIDATION_CELLS)

@@ -11,7 +11,7 @@ from scvi_ext.engine.device import autocast
 from scvi_ext.kernels.adam import Adam
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from torch import nn
@@ -86,14 +86,27 @@ class TrainingStep:
         rows = self.rows.index_select(1, self.cursor).squeeze(1)
         lr, kl_weight = self.schedule.index_select(0, self.cursor).squeeze(0)
         self.lr.copy_(lr)
-        with autocast(self.block.device, self.precision):
-            loss = self.module.loss(*self.minibatches(rows), kl_weight=kl_weight)
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss.total.backward()
-        self.optimizer.step()
+        losses = self._losses(self.minibatches(rows), kl_weight)
+        while (next_loss := self._next(losses)) is not None:
+            loss = next_loss
+            for parameter in self.parameters:
+                parameter.grad = None
+            getattr(loss, "total", loss).backward()
+            self.optimizer.step()
         self.sums += sums_of_parts(loss, self.parts)
         self.cursor += 1
+
+    def _losses(self, minibatches: Sequence[Minibatch], kl_weight: torch.Tensor) -> Iterator[Loss]:
+        """The loss of the module; of one that takes several steps in turn, all of them."""
+        in_turn = getattr(self.module, "losses", None)
+        if in_turn is None:
+            yield self.module.loss(*minibatches, kl_weight=kl_weight)
+        else:
+            yield from in_turn(*minibatches, kl_weight=kl_weight)
+
+    def _next(self, losses: Iterator[Loss]) -> Loss | None:
+        with autocast(self.block.device, self.precision):
+            return next(losses, None)
 
     def minibatches(self, rows: torch.Tensor) -> list[Minibatch]:
         """One for each stream; ``rows`` are positions, (streams, B)."""

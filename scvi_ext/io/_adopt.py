@@ -14,6 +14,7 @@ from scvi_ext._contract import Capability
 from scvi_ext._errors import listing
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.checks import audit_registered, report_audits
+from scvi_ext.data.joint import sizes_of
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, known_codes, read_root
 from scvi_ext.data.store import check_proteins, check_unique_genes
@@ -28,7 +29,7 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     """Return ``fit``, or write it into ``adata`` with its setup if there is none. All checks come first."""
     registry = Registry.from_uns(fit.setup)
     valid_key(fit.key)
-    _check_state(fit, registry)
+    _check_state(fit)
     if adata is None:
         return fit
     if fit.key in read_root(adata).get(UNS.fits, {}):
@@ -49,7 +50,7 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     return None
 
 
-def _check_state(fit: SavedFit, registry: Registry) -> None:
+def _check_state(fit: SavedFit) -> None:
     """Raise a ValueError unless options and weights are those of a module that can be built here."""
     spec = models.get(fit.model)
     unknown = fit.config.keys() - {field.name for field in fields(spec.config)}
@@ -59,7 +60,7 @@ def _check_state(fit: SavedFit, registry: Registry) -> None:
             f"{listing(sorted(unknown))}. If it was written by a newer version, update scvi_ext."
         )
         raise ValueError(msg)
-    summary = registry.sizes(len(fit.var_names))
+    summary = sizes_of(fit)
     with torch.device("meta"):  # shapes only: no memory, and no draw from the global generator
         module = models.build(spec, spec.config(**fit.config), summary, fit.frozen)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

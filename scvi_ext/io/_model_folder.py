@@ -47,6 +47,7 @@ def to_folder(fit: SavedFit) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "text": {name: array.tolist() for name, array in text.items()},
         "has_checkpoint": fit.checkpoint is not None,
         "frozen": None if fit.frozen is None else dict(fit.frozen),
+        "joint": None if fit.joint is None else dict(fit.joint),
     }
     return {name: array for name, array in named.items() if name not in text}, encode(document)
 
@@ -75,6 +76,7 @@ def from_folder(arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -
         status=decode(document["status"]),
         checkpoint=checkpoint if document["has_checkpoint"] else None,
         frozen=decode(document.get("frozen")),
+        joint=decode(document.get("joint")),
     )
 
 

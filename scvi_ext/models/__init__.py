@@ -103,7 +103,12 @@ def build(spec: ModelSpec, config: object, summary: DataSummary, frozen: Mapping
     sizes, inside = asdict(summary), {}
     if Capability.ZERO_INFLATION not in spec.capabilities:  # the only models with variables that all cells share
         del sizes["n_train"]
-    proteins = sizes.pop("proteins")
+    proteins, joint = sizes.pop("proteins"), sizes.pop("joint")
+    if joint is not None:
+        priors = {name: joint[name] for name in ("library_log_means", "library_log_vars")}
+        dims = [len(genes) for genes in joint["genes"]]
+        shape = [dims, joint["n_genes"], joint["genes"]]
+        return spec.module(*shape, n_batch=sizes["n_batch"], **priors, **asdict(config))
     shape = [sizes.pop("n_input")]
     if "protein" in spec.needs(config):
         shape.append(proteins.pop("n_proteins"))
@@ -121,6 +126,8 @@ def restore(fit: SavedFit, summary: DataSummary) -> nn.Module:
         module = build(spec, spec.config(**fit.config), summary, fit.frozen)
     state = {name: torch.from_numpy(np.array(array)) for name, array in fit.state.items()}
     module.load_state_dict(state, assign=True)
+    if fit.joint is not None:
+        module.mode = list(fit.joint["datasets"]).index(fit.joint["dataset"])
     return module.eval()
 
 

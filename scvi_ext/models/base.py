@@ -289,6 +289,16 @@ class CountVAE(nn.Module, ABC):
         return cells
 
     @property
+    def likelihoods(self) -> tuple[str, ...]:
+        """Names of all likelihoods of counts that it is trained with."""
+        return (self.reconstruction_loss,)
+
+    @property
+    def genes(self) -> Tensor | None:
+        """Positions of the genes of the cells among those of the parameters; None where they are the same."""
+        return None
+
+    @property
     def encoders(self) -> nn.ModuleList:
         """The parts of q(z, l | x); all other parameters belong to the generative model."""
         return nn.ModuleList([self.z_encoder, self.library])

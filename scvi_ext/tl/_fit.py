@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from scvi_ext.engine.map_cells import map_cells
 from scvi_ext.functional import fused
 from scvi_ext.functional.calibration import fit_temperature
 from scvi_ext.tl._prepare_fit import prepare, reopen
+from scvi_ext.tl._prepare_joint import check_datasets, prepare_joint, reopen_joint, split_joint
 
 if TYPE_CHECKING:
     from typing import Any, Literal
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def fit(
-    adata: AnnData,
+    adata: AnnData | Mapping[str, AnnData],
     model: str = "scvi",
     *,
     key_added: str | None = None,
@@ -60,7 +62,7 @@ def fit(
     progress: bool | None = None,
     copy: bool = False,
     **model_params: Any,
-) -> AnnData | None:
+) -> AnnData | dict[str, AnnData] | None:
     """Train a model on the counts, and keep it inside ``adata``.
 
     Reads what :func:`~scvi_ext.pp.setup_anndata` registered. Logs the plan (epochs, steps, final KL weight, predicted
@@ -71,7 +73,8 @@ def fit(
     Parameters
     ----------
     adata
-        Annotated data, set up.
+        Annotated data, set up. For a model of several data sets a mapping from their names to them: genes are matched
+        by name, and each need not have those of the others. The fit is kept in each of them, with what is its own.
     model
         Name of a model, see :func:`scvi_ext.models.show`.
     key_added
@@ -120,7 +123,8 @@ def fit(
         Return a copy instead of changing ``adata``.
     **model_params
         Options of the model, see :func:`scvi_ext.models.show`. Those with a value for each label (``y_prior``,
-        ``labels_groups``) are given as a mapping from labels, or in the order of ``get.setup(adata)``.
+        ``labels_groups``) or data set (``reconstruction_losses``, ``model_library_bools``) are given as a mapping from
+        labels or names, or in the order of ``get.setup(adata)`` or of the data sets.
 
     Returns
     -------
@@ -129,14 +133,14 @@ def fit(
     ``adata.uns["scvi_ext"]["fits"][key_added]``
         ``model``, ``config``, ``run``, ``setup``, ``var_names``, ``state`` (name -> array), ``history`` (one row per
         epoch: ELBO, reconstruction loss and KL terms per cell for training and held-out cells; higher ELBO is better),
-        ``status``.
+        ``status``; of several data sets ``joint``, which tells them and their genes.
 
     Raises
     ------
     KeyError
         ``adata`` was not set up, or there is no fit to resume.
     TypeError
-        Unknown keyword; scvi-tools' names are answered with ours.
+        Unknown keyword; scvi-tools' names are answered with ours. Or ``adata`` is not what the model takes.
     ValueError
         An option has an impossible value, would have no effect, or contradicts the run to resume.
     FloatingPointError
@@ -158,12 +162,15 @@ def fit(
     Lopez et al. (2018), Nature Methods 15, 1053. Svensson et al. (2020), Bioinformatics 36, 3418.
     """
     asked = {k: v for k, v in locals().items() if k in _RUN_ARGUMENTS and v != _DEFAULTS[k]} | model_params
-    adata = adata.copy() if copy else adata
+    check_datasets(adata, models.get(model))
+    several = isinstance(adata, Mapping)
+    if copy:
+        adata = {name: part.copy() for name, part in adata.items()} if several else adata.copy()
     target = resolve_device(device)
     if resume:
-        fitted, module, store, plan_, resumed_from = reopen(adata, key_added, model, asked)
+        fits, module, store, plan_, resumed_from = (reopen_joint if several else reopen)(adata, key_added, model, asked)
     else:
-        fitted, module, store, plan_ = prepare(
+        fits, module, store, plan_ = (prepare_joint if several else prepare)(
             adata,
             model,
             model_params,
@@ -187,13 +194,18 @@ def fit(
         )
         resumed_from = None
 
-    run, spec = fitted.run, models.get(fitted.model)
-    train, validation = split_cells(store.n_cells, run["train_size"], run.get("validation_size"), run["seed"])
+    run, spec = fits[0].run, models.get(model)
+    streams = store.streams if several else spec.streams
+    split = {"train_size": run["train_size"], "validation_size": run.get("validation_size")}
+    train, validation = (
+        split_joint(store, split, run["seed"]) if several else split_cells(store.n_cells, **split, seed=run["seed"])
+    )
     with seeded(run["seed"] + 1, target):  # initial weights took run["seed"]
-        learned = any(stream.labelled_only for stream in spec.streams)
+        learned = any(stream.labelled_only for stream in streams)
         labelled = f" ({(store.labels[train] >= 0).sum()} with a label)" if learned else ""
+        of_datasets = f" of the data sets {listing(store.names)}" if several else ""
         start = logg.info(
-            f"fitting {fitted.model} on {len(train)} cells{labelled} x {store.n_genes} genes, "
+            f"fitting {model} on {len(train)} cells{labelled} x {store.n_genes} genes{of_datasets}, "
             f"{len(validation)} held out"
         )
         done, state_of_run = engine.fit(
@@ -204,7 +216,7 @@ def fit(
             validation=validation,
             seed=run["seed"],
             device=target,
-            streams=spec.streams,
+            streams=streams,
             n_samples_per_label=run.get("n_samples_per_label"),
             precision=run.get("precision", "float32"),
             patience=run.get("patience"),
@@ -214,21 +226,26 @@ def fit(
         )
 
     interrupted = done.stop_reason == "interrupted"
-    if interrupted and not resume and _is_finished(adata, fitted.key):
-        fitted = replace(fitted, key=f"{fitted.key}_interrupted")  # what was complete is not given up for it
-    fitted = replace(
-        fitted,
-        state=module_arrays(module),
-        history=_history(done),
-        status=_status(done, plan_, store, target, run["seed"]) | _calibration(done, spec, module, store, validation),
-        checkpoint=state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
-    )
-    results.write_fit(adata, fitted)
-    _report(done, fitted, store)
+    parts = [adata[fitted.joint["dataset"]] for fitted in fits] if several else [adata]
+    key = fits[0].key
+    if interrupted and not resume and any(_is_finished(part, key) for part in parts):
+        key = f"{key}_interrupted"  # what was complete is not given up for it
+    learned = {
+        "key": key,
+        "state": module_arrays(module),
+        "history": _history(done),
+        "status": _status(done, plan_, store, target, run["seed"])
+        | _calibration(done, spec, module, store, validation),
+        "checkpoint": state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
+    }
+    for part, fitted in zip(parts, fits, strict=True):
+        results.write_fit(part, replace(fitted, **learned))
+    _report(done, replace(fits[0], **learned), store)
+    where = f" of each of the data sets {listing(store.names)}" if several else ""
     logg.info(
         f"    {done.stop_reason} after {len(done.history)} epochs",
         time=start,
-        deep=f"added\n    {fitted.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])",
+        deep=f"added\n    {key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}]{where})",
     )
     if done.ctrl_c and not copy:
         raise KeyboardInterrupt
@@ -261,8 +278,9 @@ def _calibration(
 def _log_plan(plan: Plan, seconds: float, device: torch.device, spec: ModelSpec, module: nn.Module, how: str) -> None:
     generates = Capability.COUNTS in spec.capabilities
     if generates:
-        kernel = fused.choose(module.reconstruction_loss, device.type, next(module.parameters()).dtype)[1]
-        how = ", ".join(filter(None, (kernel, how)))
+        dtype = next(module.parameters()).dtype
+        kernels = [fused.choose(name, device.type, dtype)[1] for name in dict.fromkeys(module.likelihoods)]
+        how = ", ".join(filter(None, (*kernels, how)))
     schedule = f"one cycle with peak {plan.lr:g}" if plan.one_cycle else f"constant {plan.lr:g}"
     kl_weight = f", final KL weight {plan.final_kl_weight:.3g}" if generates else ""
     logg.info(

@@ -107,7 +107,8 @@ def get_likelihood_parameters(
     results.write_layers(adata, names, blocks, fitted.rows, fitted.columns)
     added = f"{', '.join(map(repr, names))} (adata.layers)"
     if per_gene:
-        theta = np.exp(fitted.fit.state["dispersion.log_theta"])
+        log_theta = fitted.fit.state["dispersion.log_theta"]
+        theta = np.exp(log_theta if module.genes is None else log_theta[module.genes.numpy(force=True)])
         results.write_var(adata, fitted.keys.dispersion, theta, fitted.columns)
         added += f"\n    {fitted.keys.dispersion!r} (adata.var)"
     logg.info("    finished", time=start, deep=f"added\n    {added}")

@@ -73,13 +73,20 @@ def prepare(
     seed: int,
     checkpoint: bool,
     precision: str,
-) -> tuple[SavedFit, Any, CellStore, Plan]:
+) -> tuple[list[SavedFit], Any, CellStore, Plan]:
     """Check everything, read the cells, and build the module and the plan of a new fit. Writes nothing."""
     spec = models.get(model)
     registry = read_setup(adata)
     start = None if init_from is None else _start(adata, init_from, registry)
     encloses = start is not None and Capability.COUNTS not in spec.capabilities  # the fit becomes a part, as it is
-    config = _config(spec, registry, model_params, None if encloses else start, keywords)
+    config = config_of(
+        spec,
+        model_params,
+        registry.labels_categories,
+        keywords,
+        size_factors=registry.size_factor_key is not None,
+        start=None if encloses else start,
+    )
     frozen = {"model": start.model, "config": start.config} if encloses else None
     key = valid_key(spec.name if key_added is None else key_added)
     if encloses:
@@ -101,7 +108,7 @@ def prepare(
         train, validation = (cells[store.labels[cells] >= 0] for cells in (train, validation))
     pace = {"peak_lr": spec.peak_lr, "effort": spec.effort, "most_epochs": spec.most_epochs}
     plan_ = make_plan(n_cells=adata.n_obs, n_train=len(train), **pace, **plan)
-    patience = _patience(early_stopping, plan_, len(validation))
+    patience = patience_of(early_stopping, plan_, len(validation))
     with seeded(seed, resolve_device("cpu")):
         summary = replace(store.summary(registry), n_train=len(train))
         module = models.build(spec, config, summary, frozen)
@@ -129,12 +136,12 @@ def prepare(
         status={},
         frozen=frozen,
     )
-    return fitted, module, store, plan_
+    return [fitted], module, store, plan_
 
 
 def reopen(
     adata: AnnData, key_added: str | None, model: str, asked: dict
-) -> tuple[SavedFit, Any, CellStore, Plan, dict[str, np.ndarray]]:
+) -> tuple[list[SavedFit], Any, CellStore, Plan, dict[str, np.ndarray]]:
     """The same for a fit that goes on."""
     fitted = read_fit(adata, model if key_added is None else key_added)
     check_fit_matches_setup(fitted, adata)
@@ -163,13 +170,23 @@ def reopen(
         raise ValueError(msg)
     with seeded(0, resolve_device("cpu")):  # a module draws initial weights, even if it is given others
         module = models.build(spec, config, store.summary(registry), fitted.frozen)
-    return fitted, module, store, Plan(**fitted.run["plan"]), dict(fitted.checkpoint)
+    return [fitted], module, store, Plan(**fitted.run["plan"]), dict(fitted.checkpoint)
 
 
-def _config(
-    spec: ModelSpec, registry: Registry, model_params: dict, start: SavedFit | None, keywords: Sequence[str]
+def config_of(
+    spec: ModelSpec,
+    model_params: dict,
+    names: Sequence[str],
+    keywords: Sequence[str],
+    *,
+    size_factors: bool = False,
+    start: SavedFit | None = None,
 ) -> Any:
-    """The options of the model, those of the fit it starts from included; ``keywords`` are the others of tl.fit."""
+    """The options of the model, those of the fit it starts from included.
+
+    ``names`` are those of the labels, or of the data sets, for options with a value for each. ``keywords`` are the
+    other arguments of tl.fit.
+    """
     valid = {f.name for f in fields(spec.config)}
     for name in model_params:
         if name not in valid:
@@ -182,14 +199,14 @@ def _config(
             found = ", ".join(f"{name}={start.config[name]!r}" for name in sorted(changed))
             msg = f"init_from={start.key!r} takes over the options of that fit, {found}: leave these out."
             raise ValueError(msg)
-    elif registry.size_factor_key is not None and "library" in valid:
+    elif size_factors and "library" in valid:
         model_params = {"library": "size_factor"} | model_params
     for field in fields(spec.config):
         value = model_params.get(field.name)
         if value is None and "None" in field.type:
             continue
         if "tuple" in field.type:
-            model_params[field.name] = _by_label(field.name, value, registry)
+            model_params[field.name] = _by_name(field.name, value, names)
         elif field.default is None:
             whole_number(field.name, value, 1)
         elif field.name in model_params:
@@ -201,18 +218,18 @@ def _options_of(start: SavedFit, valid: set[str]) -> dict:
     return {name: value for name, value in start.config.items() if name in valid}
 
 
-def _by_label(name: str, value: Any, registry: Registry) -> tuple:
-    """An option with a value for each label, in the order of the labels."""
-    labels = registry.labels_categories
+def _by_name(name: str, value: Any, names: Sequence[str]) -> tuple:
+    """An option with a value for each label or data set, in their order."""
     if isinstance(value, Mapping | pd.Series):
-        value = {str(label): of_label for label, of_label in value.items()}
-        absent, unknown = sorted(set(labels) - value.keys()), sorted(value.keys() - set(labels))
+        value = {str(key): of_key for key, of_key in value.items()}
+        absent, unknown = sorted(set(names) - value.keys()), sorted(value.keys() - set(names))
         if absent or unknown:
-            msg = f"{name} must name every label once: {listing(absent)} missing, {listing(unknown)} unknown."
+            found = f"{listing(absent)} missing, {listing(unknown)} unknown"
+            msg = f"{name} must name each of {listing(names)} once: {found}."
             raise ValueError(msg)
-        return tuple(value[label] for label in labels)
+        return tuple(value[key] for key in names)
     if isinstance(value, str) or not np.iterable(value):
-        msg = f"{name}={value!r} is a {type(value).__name__}; a mapping from labels to values is needed."
+        msg = f"{name}={value!r} is a {type(value).__name__}; a mapping from {listing(names)} to values is needed."
         raise TypeError(msg)
     return tuple(value)
 
@@ -284,7 +301,7 @@ def _check_type(name: str, value: Any, default: Any) -> None:
             msg = f"{name}={value!r} is a {type(value).__name__}; {expected} is needed."
             raise TypeError(msg)
     elif isinstance(default, int):
-        whole_number(name, value, 1)
+        whole_number(name, value, min(default, 1))
     else:
         number(name, value)
 
@@ -300,7 +317,7 @@ def _check_needs(registry: Registry, needed: frozenset[str], model: str) -> None
             raise ValueError(msg)
 
 
-def _patience(early_stopping: bool | int, plan: Plan, n_validation: int) -> int | None:
+def patience_of(early_stopping: bool | int, plan: Plan, n_validation: int) -> int | None:
     if early_stopping is False:
         return None
     if early_stopping is not True and (not isinstance(early_stopping, int | np.integer) or early_stopping < 1):

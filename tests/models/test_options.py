@@ -176,7 +176,7 @@ def test_nothing_to_inject_deeply(name, representation):
     with pytest.raises(ValueError, match="has no effect: there is no one-hot covariate to leave out of later layers"):
         models.get(name).module(
             5,
-            n_batch,
+            n_batch=n_batch,
             n_labels=1,
             n_layers=2,
             n_continuous_cov=1,
