@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from scvi_ext import models
 from scvi_ext._contract import SavedFit
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _FILE = "model.pt"
-_MODELS = {"LinearSCVI": "ldvae", "SCANVI": "scanvi", "SCVI": "scvi", "TOTALVI": "totalvi"}
+_MODELS = {"AUTOZI": "autozi", "LinearSCVI": "ldvae", "SCANVI": "scanvi", "SCVI": "scvi", "TOTALVI": "totalvi"}
 _RENAMED_OPTIONS = {"gene_likelihood": "reconstruction_loss"}
 _RENAMED_OPTIONS_OF_TOTALVI = {"gene_likelihood": "reconstruction_loss_gene", "n_layers_decoder": "n_layers"}
 _ONLY_THERE = {"extra_payload_autotune"}  # changes what their training reports, not the model
@@ -56,7 +57,14 @@ _RENAMED_WEIGHTS = {
     r"\.fc_layers\.Layer (\d+)\.1\.": r".layers.\1.batch_norm.0.",
     r"\.px_scale_decoder\.0\.": ".px_scale_decoder.",
 }
-_BY_BATCH = {"protein_dispersion.log_theta", "background_mean", "background_log_scale", "log_efficiency"}
+_BY_BATCH = {
+    "protein_dispersion.log_theta",
+    "background_mean",
+    "background_log_scale",
+    "log_efficiency",
+    "alpha_posterior_logit",
+    "beta_posterior_logit",
+}
 
 
 def read_scvi_tools(
@@ -75,8 +83,8 @@ def read_scvi_tools(
     ----------
     path
         Folder that ``model.save(path)`` of scvi-tools wrote, or the ``model.pt`` in it. Models of the classes ``SCVI``,
-        ``LinearSCVI``, ``SCANVI`` and ``TOTALVI`` can be read; here they are called ``"scvi"``, ``"ldvae"``,
-        ``"scanvi"`` and ``"totalvi"``.
+        ``LinearSCVI``, ``SCANVI``, ``TOTALVI`` and ``AUTOZI`` can be read; here they are called ``"scvi"``,
+        ``"ldvae"``, ``"scanvi"``, ``"totalvi"`` and ``"autozi"``.
     adata
         Annotated data to put the model into, with all genes of the model in any order, and the columns it was set up
         with.
@@ -151,8 +159,12 @@ def _translate(content: Any, file: Path) -> SavedFit:
         raise ValueError(msg)
     registry = _registry(theirs)
     config = _config(name, attributes["init_params_"], registry)
+    weights = content["model_state_dict"]
     proteins = registry.sizes(0).proteins
-    mask = {} if proteins is None else {"protein_batch_mask": np.array(proteins.protein_batch_mask)}
+    beside = {} if proteins is None else {"protein_batch_mask": np.array(proteins.protein_batch_mask)}
+    if name == "AUTOZI":
+        config |= _prior_of_delta(config, weights)
+        beside["n_train"] = _n_train(attributes)
     return SavedFit(
         key=_MODELS[name],
         model=_MODELS[name],
@@ -160,7 +172,7 @@ def _translate(content: Any, file: Path) -> SavedFit:
         run={},
         setup=registry.to_uns(),
         var_names=np.array([str(gene) for gene in content["var_names"]]),
-        state=_state(content["model_state_dict"], config) | mask,
+        state=_state(weights, config) | beside,
         history=_history(attributes.get("history_") or {}),
         status={"imported_from": f"scvi-tools {theirs['scvi_version']}", "trained": bool(attributes["is_trained_"])},
     )
@@ -239,6 +251,27 @@ def _config(name: str, parameters: Mapping[str, Any], registry: Registry) -> dic
     return config | _without_effect(config, registry)
 
 
+def _prior_of_delta(config: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, float]:
+    """Options of the prior as the weights have it: they put alpha in the place of beta, and may learn beta alone."""
+    if config["alpha_prior"] is None and config["beta_prior"] is None:
+        return {}
+    held = {name: float(expit(weights[f"{name}_logit"].item())) for name in ("alpha_prior", "beta_prior")}
+    changed = {name: value for name, value in held.items() if not np.isclose(value, config[name] or 0, atol=1e-6)}
+    if changed:
+        asked = ", ".join(f"{name}={config[name]!r}" for name in held)
+        has = ", ".join(f"{name}={round(value, 6)}" for name, value in held.items())
+        warn(f"The model was made with {asked}, but its weights have the prior {has}: that is what was read.")
+    return {name: round(value, 6) for name, value in changed.items()}
+
+
+def _n_train(attributes: Mapping[str, Any]) -> np.ndarray:
+    """How many cells share the divergence of delta; a model that was not trained has none."""
+    cells = attributes.get("train_indices_")
+    if cells is None:
+        warn("The file does not say how many cells the model was trained on: of its ELBO, each counts as the only one.")
+    return np.array(1 if cells is None else len(cells), dtype=np.float32)
+
+
 def _without_effect(config: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     """Defaults for options that change nothing in this combination: ignored there, refused here."""
     encodable = (
@@ -249,22 +282,25 @@ def _without_effect(config: Mapping[str, Any], registry: Registry) -> dict[str, 
         defaults["deeply_inject_covariates"] = True
     if not encodable:
         defaults["encode_covariates"] = False
-    name, likelihood = _dispersion_and_likelihood(config)
-    if config[likelihood] == "poisson" or (config[name] == "gene-label" and not registry.labels_key):
+    name = "gene_dispersion" if "gene_dispersion" in config else "dispersion"
+    dispersion, likelihood = _dispersion_and_likelihood(config)
+    if likelihood == "poisson" or (dispersion == "gene-label" and not registry.labels_key):
         defaults[name] = "gene"
+    if config.get("zero_inflation") == "gene-label" and not registry.labels_key:
+        defaults["zero_inflation"] = "gene"
     return defaults
 
 
 def _dispersion_and_likelihood(config: Mapping[str, Any]) -> tuple[str, str]:
-    """What the model calls these options of its genes."""
+    """These options of the model's genes, whatever it calls them; AutoZI has one likelihood."""
     if "gene_dispersion" in config:
-        return "gene_dispersion", "reconstruction_loss_gene"
-    return "dispersion", "reconstruction_loss"
+        return config["gene_dispersion"], config["reconstruction_loss_gene"]
+    return config["dispersion"], config.get("reconstruction_loss", "zinb")
 
 
 def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Their weights under our names. Parts that the model never uses are left out: they were not trained."""
-    dispersion, likelihood = (config[name] for name in _dispersion_and_likelihood(config))
+    dispersion, likelihood = _dispersion_and_likelihood(config)
     shared_theta = likelihood != "poisson" and dispersion != "gene-cell"
     unused = {
         "pyro_param_store": True,
@@ -284,7 +320,9 @@ def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, n
         if name == "dispersion.log_theta":
             array = array.reshape(-1) if dispersion == "gene" else array.T  # theirs is (G, K)
         elif name in _BY_BATCH:
-            array = array.T  # theirs is (P, K), or (P,)
+            array = array.T  # theirs is (P, K) or (P,), of delta (G, K), (G, C) or (G,)
+            if config.get("zero_inflation") == "gene":
+                array = array.reshape(-1)  # of a model by label that has no labels
         elif name.startswith("library.log_"):
             array = array.reshape(-1)  # theirs is (1, K)
         elif name == "log_y_prior":

@@ -42,7 +42,7 @@ def per_cell(
 
     ``noise`` has the shape (B, S, n_noise), and ``shared`` are S draws of what all cells share, or S times None.
 
-    ``mean_of_all(fitted, shared, batch_size, seed)`` is the mean where cells share something, if it is another one then.
+    ``mean_of_all(fitted, shared, batch_size, seed)`` is the mean where cells share something, if it is another then.
 
     ``name`` is the attribute of :class:`~scvi_ext._keys.FitKeys` that names the slot.
     """

@@ -31,7 +31,7 @@ CASES = Path(__file__).parent / "cases"
 N_TRAIN, N_KEPT, N_GENES, N_PROTEINS = 60, 12, 40, 5
 SMALL = {"n_hidden": 16, "n_latent": 5}
 SCVI, LinearSCVI, SCANVI = scvi.model.SCVI, scvi.model.LinearSCVI, scvi.model.SCANVI
-TOTALVI = scvi.model.TOTALVI
+TOTALVI, AUTOZI = scvi.model.TOTALVI, scvi.model.AUTOZI
 WITH_PROTEINS = {"batch_key": "batch", "protein_expression_obsm_key": "protein"}
 # One of the cell types plays the cells without a label.
 PARTLY_LABELLED = {"batch_key": "batch", "labels_key": "label", "unlabeled_category": "Dendritic"}
@@ -112,6 +112,23 @@ MODELS = {
         WITH_PROTEINS,
         {"n_hidden": 6, "latent_distribution": "ln", "empirical_protein_background_prior": True},
     ),
+    "autozi_gene_batch_latent_library": (
+        AUTOZI,
+        {"batch_key": "batch"},
+        {
+            "zero_inflation": "gene-batch",
+            "alpha_prior": 0.3,
+            "beta_prior": 0.6,
+            "minimal_dropout": 0.05,
+            "use_observed_lib_size": False,
+        },
+    ),
+    "autozi_gene_label": (
+        AUTOZI,
+        {"labels_key": "label"},
+        {"zero_inflation": "gene-label", "dispersion": "gene-label", "n_hidden": 12},
+    ),
+    "autozi_gene_learned_prior": (AUTOZI, {"batch_key": "batch"}, {"alpha_prior": None, "beta_prior": None}),
 }
 # In the first of these a batch has not measured two of the proteins.
 PANELS = {"totalvi_zinb_panels_latent_library_covariates": ("b", [1, 3])}
@@ -227,6 +244,40 @@ def expected(model: SCVI | LinearSCVI | SCANVI) -> dict[str, np.ndarray]:
     return arrays | {"latent": model.get_latent_representation(indices=first)}
 
 
+@torch.no_grad()
+def expected_of_zero_inflation(model: AUTOZI) -> dict[str, np.ndarray]:
+    """The same where zero inflation is uncertain: ``log_prob`` is at delta = 1/2, the logits are those of pi."""
+    module = model.module.cpu().eval()
+    first = np.arange(N_KEPT)
+    tensors = next(iter(model._make_data_loader(model.adata, indices=first, batch_size=N_KEPT, shuffle=False)))
+    inferred = module.inference(**module._get_inference_input(tensors))
+    qz, ql = inferred["qz"], inferred["ql"]
+    inferred["z"] = qz.loc
+    values = {"qz_mean": qz.loc, "qz_scale": qz.scale}
+    if ql is not None:
+        inferred["library"] = ql.loc
+        values |= {"ql_mean": ql.loc, "ql_scale": ql.scale}
+    made = module.generative(**module._get_generative_input(tensors, inferred))
+    px, x = made["px"], tensors["X"]
+    half = torch.full_like(x, 0.5)
+    loss = module.loss(tensors, inferred, made)
+    values |= {
+        "px_scale": px.scale,
+        "px_rate": px.mu,
+        "px_theta": px.theta,
+        "px_pi_logits": px.zi_logits,
+        "log_prob_half": -module.get_reconstruction_loss(x, px.mu, px.theta, px.zi_logits, half),
+        "kl_z": loss.kl_local["kl_divergence_z"],
+        "kl_l": loss.kl_local["kl_divergence_l"],
+        "kl_global": module.compute_global_kl_divergence(),
+    }
+    arrays = {name: value.numpy() for name, value in values.items()} | model.get_alphas_betas()
+    return arrays | {"latent": model.get_latent_representation(indices=first)}
+
+
+EXPECTED = {TOTALVI: expected_of_proteins, AUTOZI: expected_of_zero_inflation}
+
+
 def main() -> None:
     asked = sys.argv[1:] or MODELS
     for seed, (name, (cls, setup, options)) in enumerate(MODELS.items()):
@@ -250,7 +301,7 @@ def main() -> None:
         )
         if name not in WITH_HISTORY:
             model.history_ = None
-        arrays = expected_of_proteins(model) if cls is TOTALVI else expected(model)
+        arrays = EXPECTED.get(cls, expected)(model)
         model.save(CASES / name)
         kept = adata[:N_KEPT]
         inputs = {f"obs.{column}": kept.obs[column].to_numpy() for column in COLUMNS}

@@ -6,6 +6,7 @@ The cases beside this file are small (see ``make_golden.py``). Larger ones are u
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -15,22 +16,24 @@ import pandas as pd
 import pytest
 import torch
 from _tolerances import LATENT_ATOL, N_STANDARD_ERRORS, REFERENCE_ATOL_OF_LARGEST, REFERENCE_RTOL
+from scipy.special import logsumexp
 
 import scvi_ext as sx
 from scvi_ext import models
-from scvi_ext._contract import Capability
+from scvi_ext._contract import Capability, Expression
 from scvi_ext._keys import column_name
 from scvi_ext.data.blocks import Block
 from scvi_ext.fitted import Fitted
 from scvi_ext.functional.divergences import kl_standard_normal
+from scvi_ext.functional.evidence import log_weights_of_all
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "golden"
-MODELS = {"SCVI": "scvi", "LinearSCVI": "ldvae", "SCANVI": "scanvi", "TOTALVI": "totalvi"}
+MODELS = {"AUTOZI": "autozi", "SCVI": "scvi", "LinearSCVI": "ldvae", "SCANVI": "scanvi", "TOTALVI": "totalvi"}
 MC_SAMPLES = 5000  # of the mean of a logistic normal, in the reference and by default here
 # Inputs, what other tests compare, and of proteins what depends on a random background.
 NOT_COMPARED = re.compile(
-    r"x|batch|labels|proteins?|latent|obs\..*|history\..*|prediction_.*|py_rate_back|py_rate_fore|py_scale"
+    r"x|batch|labels|proteins?|latent|marginal_ll_100|obs\..*|history\..*|prediction_.*|py_rate_back|py_rate_fore|py_scale"
 )
 # The reference has these parts of totalVI, and saves what they say, also where the model makes no use of them.
 ALSO_WHERE_UNUSED = {"px_dropout", "ql_mean"}
@@ -112,9 +115,20 @@ def at_posterior_mean(adata: ad.AnnData) -> dict[str, torch.Tensor | None]:
                 "kl_z": kl_standard_normal(qz),
                 "kl_background": loss.kl_z - kl_standard_normal(qz),
             }
+        if Capability.ZERO_INFLATION in models.get(fitted.fit.model).capabilities:
+            values |= module.get_alphas_betas(as_numpy=False) | {"kl_global": module.compute_global_kl_divergence()}
+            values["px_pi_logits"] = decoded_with_delta(module, qz.loc, cells, log_library, -math.inf).dropout_logits
+            values["log_prob_half"] = module.log_likelihood(
+                cells.x, decoded_with_delta(module, qz.loc, cells, log_library, 0.0)
+            )
         if hasattr(module, "get_loadings"):
             values["loadings"] = module.get_loadings()
     return values
+
+
+def decoded_with_delta(module, z, cells, log_library, logit: float) -> Expression:
+    """What the decoder says where delta is this of all genes."""
+    return module.decode(z, cells, log_library, torch.full_like(module.alpha_posterior_logit, logit))
 
 
 def assert_parity(found: np.ndarray, expected: np.ndarray, name: str) -> None:
@@ -134,6 +148,11 @@ def test_reference_values_are_reproduced(case):
         assert {"px_scale", "px_rate", "px_r", "py_back_alpha", "py_back_beta", "py_fore_scale"} <= set(compared)
         if case in SMALL_CASES:
             assert {"log_prob", "log_prob_proteins", "kl_z", "kl_l", "kl_background"} <= set(compared)
+    elif "alpha_posterior" in expected:
+        of_delta = {f"{name}_{of}" for name in ("alpha", "beta") for of in ("prior", "posterior")}
+        assert of_delta | {"kl_global"} <= set(compared)
+        if case in SMALL_CASES:
+            assert {"px_pi_logits", "log_prob_half", "kl_z", "kl_l"} <= set(compared)
     elif "prediction_soft" in expected:  # the bound of SCANVI is another one there: see models/scanvi.py
         assert "log_prob" in compared
     else:
@@ -158,6 +177,23 @@ def test_latent_representation_is_reproduced(case):
     samples = torch.softmax(torch.from_numpy(expected["qz_mean"] + expected["qz_scale"] * draws), -1).numpy()
     of_difference = samples.std(0) * np.sqrt(2 / MC_SAMPLES)  # both are means of as many draws
     assert (np.abs(found - expected["latent"]) < N_STANDARD_ERRORS * of_difference).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "shared-autozi" in case.id])
+def test_the_evidence_of_all_cells_is_reproduced_as_far_as_samples_go(case):
+    """The logarithm of a mean of 100 weights: as many of 600 of ours, over and over, tell how far it may be off."""
+    adata, expected = read(case)
+    fitted = Fitted.open(adata, "imported")
+    block = Block(fitted.store, torch.device("cpu"))
+    cells = block.minibatch(block.rows(np.arange(adata.n_obs)))
+    module, rng = fitted.module.eval(), np.random.default_rng(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        shared = [module.draw_shared(rng) for _ in range(600)]
+        log_weights = log_weights_of_all(module, cells, None, shared).numpy()
+        log_weights += [module.log_weight_shared(draw).item() for draw in shared]
+    estimates = logsumexp(rng.choice(log_weights, (1000, 100)), axis=1) / adata.n_obs - np.log(100) / adata.n_obs
+    assert abs(estimates.mean() - expected["marginal_ll_100"]) < N_STANDARD_ERRORS * estimates.std()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "scanvi" in case.id])

@@ -437,3 +437,62 @@ def test_what_was_written_is_logged(adata):
         sc.settings.verbosity, sc.settings.logfile = settings
     assert "'scvi', the fitted model (adata.uns['scvi_ext']['fits'])" in log.getvalue()
     assert "'setup'" in log.getvalue()
+
+
+# ---- AutoZI ------------------------------------------------------------------------------------------------------
+
+
+def test_the_prior_is_that_of_the_weights(variant):
+    """Of genes, scvi-tools puts alpha in the place of beta, whatever was asked for."""
+
+    def ask(content, alpha, beta):
+        content["attr_dict"]["init_params_"]["non_kwargs"].update(alpha_prior=alpha, beta_prior=beta)
+        content["model_state_dict"].update(alpha_prior_logit=torch.logit(torch.tensor([0.3])))
+        content["model_state_dict"].update(beta_prior_logit=torch.logit(torch.tensor([0.3])))
+
+    with pytest.warns(sx.ScviExtWarning, match=r"alpha_prior=0.3, beta_prior=0.7, but its weights .* beta_prior=0.3:"):
+        fit = sx.io.read_scvi_tools(variant("autozi_gene_learned_prior", lambda c: ask(c, 0.3, 0.7)))
+    assert (fit.config["alpha_prior"], fit.config["beta_prior"]) == (0.3, 0.3)
+    with pytest.warns(sx.ScviExtWarning, match=r"alpha_prior=0.3, beta_prior=None, but its weights"):
+        fit = sx.io.read_scvi_tools(variant("autozi_gene_learned_prior", lambda c: ask(c, 0.3, None)))
+    assert fit.config["beta_prior"] == 0.3
+    fit = sx.io.read_scvi_tools(variant("autozi_gene_learned_prior", lambda c: ask(c, 0.3, 0.3)))
+    assert (fit.config["alpha_prior"], fit.config["beta_prior"]) == (0.3, 0.3)
+
+
+def test_a_learned_prior_stays_one():
+    fit = sx.io.read_scvi_tools(CASES / "autozi_gene_learned_prior")
+    assert fit.config["alpha_prior"] is fit.config["beta_prior"] is None
+
+
+def test_zero_inflation_by_label_without_labels_is_that_of_genes(variant):
+    def change(content):
+        content["attr_dict"]["init_params_"]["non_kwargs"]["zero_inflation"] = "gene-label"
+        for name in ("alpha", "beta"):
+            logits = content["model_state_dict"][f"{name}_posterior_logit"]
+            content["model_state_dict"][f"{name}_posterior_logit"] = torch.tensor(logits).reshape(-1, 1)
+
+    fit = sx.io.read_scvi_tools(variant("autozi_gene_learned_prior", change))
+    expected = sx.io.read_scvi_tools(CASES / "autozi_gene_learned_prior")
+    assert fit.config["zero_inflation"] == "gene"
+    np.testing.assert_array_equal(fit.state["alpha_posterior_logit"], expected.state["alpha_posterior_logit"])
+
+
+def test_the_cells_that_were_trained_on_share_the_divergence(variant):
+    assert sx.io.read_scvi_tools(CASES / "autozi_gene_label").state["n_train"] == 54  # 60, of which 6 were held out
+    with pytest.warns(sx.ScviExtWarning, match="does not say how many cells the model was trained on"):
+        fit = sx.io.read_scvi_tools(
+            variant("autozi_gene_label", lambda c: c["attr_dict"].update(train_indices_=None, is_trained_=False))
+        )
+    assert fit.state["n_train"] == 1
+
+
+def test_zero_inflation_of_an_imported_fit_is_read_out():
+    case = CASES / "autozi_gene_batch_latent_library"
+    adata = cells(case)
+    sx.io.read_scvi_tools(case, adata)
+    sx.tl.get_zero_inflation(adata)
+    with np.load(case / "expected.npz") as file:
+        alpha = file["alpha_posterior"]
+    assert list(adata.varm["autozi_zero_inflation_alpha"]) == ["a", "b", "c"]
+    np.testing.assert_allclose(adata.varm["autozi_zero_inflation_alpha"], alpha, rtol=1e-6)  # float32
