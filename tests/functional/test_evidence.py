@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from _tolerances import FLOAT64, N_STANDARD_ERRORS
+from scipy.special import betaln
 from torch import nn
+from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from scvi_ext._contract import Loss, Minibatch, Posterior
@@ -14,10 +16,12 @@ from scvi_ext.functional.counts import log_normal, log_poisson
 from scvi_ext.functional.divergences import log_density
 from scvi_ext.functional.evidence import (
     compute_elbo,
+    compute_marginal_log_likelihood_autozi,
     compute_marginal_log_likelihood_scvi,
     compute_reconstruction_error,
     effective_sample_size,
 )
+from scvi_ext.functional.inflation import log_beta, sample_logit_beta
 
 N = 23
 X = torch.randint(0, 9, (N, 3), generator=torch.Generator().manual_seed(0)).double()
@@ -130,3 +134,56 @@ def test_effective_sample_size_counts_samples_of_equal_weight():
     weights = np.random.default_rng(0).gamma(0.3, 1.0, (50, 4))
     expected = weights.sum(0) ** 2 / (weights**2).sum(0)
     np.testing.assert_allclose(effective_sample_size(np.log(weights)), expected, rtol=1e-10)
+
+
+class CoinOfUnknownBias(nn.Module):
+    """s ~ Beta(alpha, beta), x_n ~ Bernoulli(s): what all cells have together is a ratio of Beta functions."""
+
+    def __init__(self, alpha: float, beta: float, a: float, b: float):
+        super().__init__()
+        self.p, self.q = torch.tensor([[alpha, beta], [a, b]], dtype=torch.float64)
+
+    def posteriors(self, cells: Minibatch) -> None:
+        return None
+
+    def draw_shared(self) -> torch.Tensor:
+        return sample_logit_beta(*self.q)
+
+    def log_weight(self, cells: Minibatch, posteriors: None, noise: None, shared: torch.Tensor) -> torch.Tensor:
+        return logsigmoid(torch.where(cells.x[:, 0] > 4, shared, -shared))
+
+    def log_weight_shared(self, shared: torch.Tensor) -> torch.Tensor:
+        return log_beta(shared, *self.p) - log_beta(shared, *self.q)
+
+
+@pytest.mark.parametrize("size", SPLITS)
+def test_what_all_cells_share_is_drawn_once_for_all_of_them(size):
+    heads = int((X[:, 0] > 4).sum())
+    exact = -(betaln(0.5 + heads, 0.7 + N - heads) - betaln(0.5, 0.7)) / N
+    # q is the posterior, so that every weight is p(x)
+    model = CoinOfUnknownBias(0.5, 0.7, 0.5 + heads, 0.7 + N - heads)
+    found = compute_marginal_log_likelihood_autozi(model, iter(split(size)), n_samples_mc=2)
+    assert_close(found, exact, **FLOAT64)
+
+
+def test_the_evidence_of_all_cells_is_the_integral():
+    heads = int((X[:, 0] > 4).sum())
+    exact = betaln(0.5 + heads, 0.7 + N - heads) - betaln(0.5, 0.7)
+    model = CoinOfUnknownBias(0.5, 0.7, 0.5 + 0.6 * heads, 0.7 + 0.6 * (N - heads))  # wider than the posterior
+    torch.manual_seed(0)
+    estimates = [-N * compute_marginal_log_likelihood_autozi(model, split(11), 200) for _ in range(50)]
+    ratio = np.exp(np.array(estimates) - exact)  # an importance sampling estimate has no bias
+    assert abs(ratio.mean() - 1) < N_STANDARD_ERRORS * ratio.std() / math.sqrt(50)
+    assert ratio.std() < 0.2
+
+
+@pytest.mark.parametrize("size", SPLITS)
+def test_the_divergence_of_what_all_cells_share_counts_once(size):
+    class Shared(Fixed):
+        def loss(self, cells: Minibatch) -> Loss:
+            return super().loss(cells)._replace(kl_global=torch.full((len(cells.x),), 99.0))
+
+        def kl_shared(self) -> torch.Tensor:
+            return torch.tensor(46.0, requires_grad=True)
+
+    assert_close(compute_elbo(Shared(), split(size)), compute_elbo(Fixed(), split(size)) + 46 / N, **FLOAT64)
