@@ -82,6 +82,18 @@ class FitKeys:
         return f"{self.key}_imputation"  # uns
 
     @property
+    def imputed(self) -> str:
+        return f"{self.key}_imputed"  # obsm, a table of cells x genes
+
+    @property
+    def discriminator_confusion(self) -> str:
+        return f"{self.key}_discriminator_confusion"  # uns
+
+    @property
+    def loss_magnitude(self) -> str:
+        return f"{self.key}_loss_magnitude"  # uns
+
+    @property
     def effective_sample_size(self) -> str:
         return f"{self.key}_effective_sample_size"  # obs
 

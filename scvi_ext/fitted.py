@@ -175,6 +175,10 @@ class Fitted:
         """Positions of genes in the module's order; None for all."""
         return None if gene_list is None else _positions("gene", gene_list, self.fit.var_names, "adata.var_names[...]")
 
+    def joint_gene_positions(self, gene_list: Sequence[str]) -> np.ndarray:
+        """Positions among the genes of all data sets of a joint fit."""
+        return _positions("gene", gene_list, self.fit.joint["genes"], "adata.var_names[...]")
+
     def protein_positions(self, protein_list: Sequence[str] | None) -> np.ndarray | None:
         """The same of proteins."""
         if protein_list is None:

@@ -223,10 +223,13 @@ def write_modalities(mdata: MuData, changes: Iterable[tuple[str | None, str, str
             getattr(owner, slot)[key] = value
 
 
-def write_uns_table(adata: AnnData, name: str, values: np.ndarray, names: Sequence[str]) -> None:
-    """``uns[name]``, a table of the pairs of ``names``, replacing an earlier one."""
+def write_uns_table(
+    adata: AnnData, name: str, values: np.ndarray, names: Sequence[str], rows: Sequence[str] | None = None
+) -> None:
+    """``uns[name]``, a table of ``rows`` x ``names``, by default of the pairs of names, replacing an earlier one."""
     _own(adata)
-    adata.uns[name] = _table(values, pd.Index([column_name(name) for name in names]), names)
+    rows = names if rows is None else rows
+    adata.uns[name] = _table(values, pd.Index([column_name(row) for row in rows]), names)
 
 
 def _table(values: np.ndarray, index: pd.Index, names: Sequence[str]) -> pd.DataFrame:

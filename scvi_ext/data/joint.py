@@ -136,9 +136,13 @@ def n_batches(registry: Registry) -> int:
 
 def first_batch(fit: SavedFit) -> int:
     """What the batches of a fit's data set begin with, as the module numbers them."""
-    if fit.joint is None:
-        return 0
-    return sum(int(fit.joint["batches"][str(i)]) for i in range(position(fit)))
+    return 0 if fit.joint is None else batches_of(fit, position(fit)).start
+
+
+def batches_of(fit: SavedFit, dataset: int) -> range:
+    """The batches of one of the data sets, as the module numbers them."""
+    first = sum(int(fit.joint["batches"][str(i)]) for i in range(dataset))
+    return range(first, first + int(fit.joint["batches"][str(dataset)]))
 
 
 def position(fit: SavedFit) -> int:

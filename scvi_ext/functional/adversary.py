@@ -36,3 +36,13 @@ def adversarial_loss(critic: nn.Module, z: Tensor, classes: Tensor, weight: Tens
     others = (1 - own) / (logits.shape[-1] - 1)
     fooled = -(others * log_softmax(logits, dim=-1)).sum(-1).mean()
     return weight * fooled + cross_entropy(critic(z.detach()), classes)
+
+
+def losses_by_cell(logits: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """The same by cell, not to be trained on: the loss of the critic, and that of what makes z before it is weighted.
+
+    Both are cross-entropies, (B,). ``logits`` are those of the critic, (B, C), for cells of the class ``own``.
+    """
+    log_p = log_softmax(logits, dim=-1)
+    of_own = log_p[:, own]
+    return -of_own, (of_own - log_p.sum(-1)) / (logits.shape[-1] - 1)

@@ -5,6 +5,7 @@ from scvi_ext.tl._amortization_gap import amortization_gap
 from scvi_ext.tl._classify import classify
 from scvi_ext.tl._denoised_samples import denoised_samples
 from scvi_ext.tl._differential_expression import differential_expression
+from scvi_ext.tl._discriminator_confusion import discriminator_confusion
 from scvi_ext.tl._feature_correlation import feature_correlation
 from scvi_ext.tl._fit import fit
 from scvi_ext.tl._get_drift import get_drift
@@ -23,6 +24,8 @@ from scvi_ext.tl._get_reconstruction_error import get_reconstruction_error
 from scvi_ext.tl._get_technical_zeros import get_technical_zeros
 from scvi_ext.tl._get_zero_inflation import get_zero_inflation
 from scvi_ext.tl._imputation_score import imputation_score
+from scvi_ext.tl._impute import impute
+from scvi_ext.tl._loss_magnitude import loss_magnitude
 from scvi_ext.tl._map_query import map_query
 from scvi_ext.tl._posterior_predictive_check import posterior_predictive_check
 from scvi_ext.tl._posterior_predictive_sample import posterior_predictive_sample
@@ -33,6 +36,7 @@ __all__ = [
     "classify",
     "denoised_samples",
     "differential_expression",
+    "discriminator_confusion",
     "feature_correlation",
     "fit",
     "get_drift",
@@ -51,6 +55,8 @@ __all__ = [
     "get_technical_zeros",
     "get_zero_inflation",
     "imputation_score",
+    "impute",
+    "loss_magnitude",
     "map_query",
     "posterior_predictive_check",
     "posterior_predictive_sample",
