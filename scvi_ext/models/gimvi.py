@@ -31,7 +31,7 @@ from scvi_ext._contract import Capability, Expression, Loss, Minibatch, ModelSpe
 from scvi_ext._errors import one_of
 from scvi_ext.functional.adversary import adversarial_loss
 from scvi_ext.functional.counts import LIKELIHOODS
-from scvi_ext.functional.divergences import kl_normal, kl_standard_normal
+from scvi_ext.functional.divergences import kl_standard_normal
 from scvi_ext.functional.sampling import sample_normal
 from scvi_ext.models.base import CountVAE
 from scvi_ext.nn.classifier import Classifier
@@ -164,6 +164,10 @@ dropout_rate_decoder
         _refuse(of_each["indices_mappings"] != list(dim_input_list), "indices_mappings do not fit dim_input_list.")
         for likelihood in reconstruction_losses:
             one_of("reconstruction_losses", likelihood, ("zinb", "nb", "poisson"))
+        for latent in model_library_bools:
+            _refuse(
+                latent not in (True, False), f"model_library_bools holds {latent!r}; True or False is needed for each."
+            )
         one_of("dispersion", dispersion, ("gene", "gene-batch", "gene-label", "gene-cell"))
         one_of("fool_step", fool_step, ("joint", "separate"))
         with_theta = any(likelihood != "poisson" for likelihood in reconstruction_losses)
@@ -171,7 +175,11 @@ dropout_rate_decoder
             dispersion not in ("gene", "gene-batch") and not with_theta,
             f"dispersion={dispersion!r} has no effect: no data set has a dispersion.",
         )
-        _refuse(dispersion == "gene-label" and n_labels < 1, "dispersion='gene-label' needs labels.")
+        _refuse(
+            dispersion == "gene-label" and n_labels < 1,
+            "dispersion='gene-label' needs labels, and data sets need not have the same ones: tl.fit knows none of "
+            "them. Take another dispersion, or give the module n_labels.",
+        )
         _check_numbers(locals())
         _check_critic(kappa, kappa_fades, fool_step, n_heads)
 
@@ -500,11 +508,10 @@ dropout_rate_decoder
         mode = self._known_mode(mode)
         with _speaking_of(self, mode):
             cells = self._cells(x, batch_index, y)
-            reconstruction, kl_z, kl_library, _ = self._of_cells(mode, cells, None)
-            if local_l_mean is not None:
-                prior = Posterior(local_l_mean.reshape(-1, 1), torch.sqrt(local_l_var).reshape(-1, 1))
-                kl_library = kl_normal(self.posteriors(cells)[1], prior)
-        return reconstruction, kl_z + kl_library
+            qz, ql = posteriors = self.posteriors(cells)
+            z, log_library = self.draw(cells, posteriors)
+            kl = kl_standard_normal(qz) + self._kl_library(ql, cells, local_l_mean, local_l_var)
+            return -self.log_px(z, cells, log_library), kl
 
     def _loose(self, z: Tensor, batch_index: Tensor | None, y: Tensor | None) -> Minibatch:
         """Batch and label of cells of which there are no counts."""
