@@ -174,6 +174,13 @@ def map_query(
     check_in_memory(adata, copy=copy)
     trained = read_reference(reference, key)
     spec = models.get(trained.model)
+    if Capability.JOINT in spec.capabilities:
+        msg = (
+            f"Fit {trained.key!r} joins the data sets {listing(trained.joint['datasets'])}, and cells cannot be mapped "
+            f"onto it: fit them together, tl.fit({{..., 'new': query}}, model={trained.model!r}), or map onto a fit of "
+            "one data set."
+        )
+        raise ValueError(msg)
     config = spec.config(**trained.config)
     name = _free_name(adata, trained.key if key_added is None else key_added)
     query = read_query(

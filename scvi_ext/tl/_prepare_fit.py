@@ -237,6 +237,12 @@ def _by_name(name: str, value: Any, names: Sequence[str]) -> tuple:
 def _start(adata: AnnData, init_from: str, registry: Registry) -> SavedFit:
     """The fit to start from, if it was trained on what is registered now; labels may have come since."""
     start = read_fit(adata, init_from)
+    if start.joint is not None:
+        msg = (
+            f"init_from={init_from!r} joins the data sets {listing(start.joint['datasets'])}, and no model starts from "
+            "that: name a fit of one data set."
+        )
+        raise ValueError(msg)
     trained = Registry.from_uns(start.setup)
     unlike = [name for name in differing_slots(trained, registry) if name not in ("labels_key", "unlabeled_category")]
     if trained.labels_key is not None:  # it has learned from labels: those of now must be the same

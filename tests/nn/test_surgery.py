@@ -48,7 +48,8 @@ ONE_BATCH = replace(
     proteins=proteins(BOTH),
 )
 FROM_ONE = replace(NEW, n_cats_per_cov=(2, 2))
-COUNT_VAES = [name for name in models.names() if "n_latent" in models.get(name).config.__dataclass_fields__]
+OF_ONE = [name for name in models.names() if Capability.JOINT not in models.get(name).capabilities]  # mapped onto
+COUNT_VAES = [name for name in OF_ONE if "n_latent" in models.get(name).config.__dataclass_fields__]
 OPTIONS = {
     "default": {},
     "two layers": {"n_layers": 2},
