@@ -207,8 +207,7 @@ def _train(
             row = torch.cat([step.sums, held_out, _all_finite(module)]).tolist()  # the one host sync of the epoch
             seconds = time.perf_counter() - started
             if not np.isfinite(row).all() or not row[-1]:
-                cells = np.concatenate([train, validation])
-                _roll_back(step, epochs, snapshot, progress, cells, epoch, origin)
+                _roll_back(step, epochs, snapshot, progress, (train, validation), epoch, origin)
                 progress.step = bar.n = start
                 step.sums.copy_(sums_before)
                 train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
@@ -309,18 +308,30 @@ def _roll_back(
     epochs: Epochs,
     snapshot: Snapshot,
     progress: Progress,
-    rows: np.ndarray,
+    cells: tuple[np.ndarray, np.ndarray],
     epoch: int,
     origin: Mapping[str, np.ndarray],
 ) -> None:
-    """Return to the state before the epoch; leave out cells that cannot be modelled, or else halve the rate."""
+    """Return to the state before the epoch; leave out cells that cannot be modelled, or else halve the rate.
+
+    ``cells`` are those that are trained on, and those that are held out.
+    """
     snapshot.restore()
+    rows = np.concatenate(cells)
     event = find_culprits(step, epochs.cells(rows), epoch, origin)
     store = epochs.store
     progress.events.append(event)
     progress.excluded = sorted({*progress.excluded, *event.cells})
     if len(rows) - len(event.cells) < 3:
         msg = "The loss is not finite for (almost) any cell, so nothing can be trained. Look at the counts."
+        raise FloatingPointError(msg)
+    left = epochs.cells(np.setdiff1d(cells[0], event.cells))
+    emptied = [stream.name for stream, of_stream in zip(step.streams, left, strict=True) if not len(of_stream)]
+    if emptied:
+        msg = (
+            f"The loss is not finite for any of the training cells called {listing(emptied)}, so nothing can be "
+            "learned from them. Look at their counts."
+        )
         raise FloatingPointError(msg)
     if len(progress.events) > MAX_ROLLBACKS:
         if not progress.history:

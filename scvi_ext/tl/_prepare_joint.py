@@ -134,11 +134,13 @@ def reopen_joint(
     """The same for a fit that goes on."""
     key = model if key_added is None else key_added
     fits = {name: read_fit(adata, key) for name, adata in datasets.items()}
+    for fit in fits.values():
+        if fit.model != model:
+            msg = f"Fit {key!r} is of the model {fit.model!r}, not {model!r}: resume it as that."
+            raise ValueError(msg)
     first = next(iter(fits.values()))
-    known = [] if first.joint is None else list(first.joint["datasets"])
-    if set(known) != set(datasets) or any(
-        fit.joint is None or fit.joint["dataset"] != name for name, fit in fits.items()
-    ):
+    known = list(first.joint["datasets"])
+    if set(known) != set(datasets) or any(fit.joint["dataset"] != name for name, fit in fits.items()):
         msg = f"Fit {key!r} was made of the data sets {listing(known)}: give these, under the same names, to resume it."
         raise ValueError(msg)
     if asked:
