@@ -269,7 +269,7 @@ def _n_train(attributes: Mapping[str, Any]) -> np.ndarray:
     cells = attributes.get("train_indices_")
     if cells is None:
         warn("The file does not say how many cells the model was trained on: of its ELBO, each counts as the only one.")
-    return np.array(1 if cells is None else len(cells), dtype=np.float32)
+    return np.array([1 if cells is None else len(cells)], dtype=np.float32)
 
 
 def _without_effect(config: Mapping[str, Any], registry: Registry) -> dict[str, Any]:

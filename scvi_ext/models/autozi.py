@@ -172,7 +172,7 @@ class AutoZIVAE(CountVAE):
             beta = 1 - alpha_prior if beta_prior is None else beta_prior
             self.register_buffer("alpha_prior_logit", torch.logit(torch.tensor([alpha], dtype=torch.float32)))
             self.register_buffer("beta_prior_logit", torch.logit(torch.tensor([beta], dtype=torch.float32)))
-        self.register_buffer("n_train", torch.tensor(float(n_train)))
+        self.register_buffer("n_train", torch.tensor([float(n_train)]))  # files keep the type of arrays only
 
     def loss(
         self,

@@ -11,9 +11,23 @@ import pytest
 from scipy import stats
 from scipy.sparse import csr_matrix
 
-from scvi_ext.datasets import synthetic_cite, synthetic_corr, synthetic_iid, synthetic_random, synthetic_zi_corr
+from scvi_ext.datasets import (
+    synthetic_cite,
+    synthetic_corr,
+    synthetic_iid,
+    synthetic_random,
+    synthetic_zero_inflated,
+    synthetic_zi_corr,
+)
 
-GENERATORS = [synthetic_iid, synthetic_random, synthetic_corr, synthetic_zi_corr, synthetic_cite]
+GENERATORS = [
+    synthetic_iid,
+    synthetic_random,
+    synthetic_corr,
+    synthetic_zi_corr,
+    synthetic_cite,
+    synthetic_zero_inflated,
+]
 ZERO_INFLATED = [synthetic_iid, synthetic_random, synthetic_zi_corr]
 LEVEL = 1e-7  # of a chi-square test; some ten of them are made here
 SIGMAS = 6  # 2e-9 two-sided
@@ -337,6 +351,64 @@ def test_cite_hides_a_panel_and_nothing_else():
     np.testing.assert_array_equal(adata.obsm["protein_expression"], np.where(hidden, 0, counts))
 
 
+# zero_inflated
+
+
+def test_zero_inflated_sizes():
+    adata = synthetic_zero_inflated(n_cells_batch=7, n_genes=5, n_batches=3, n_types=2, share=0.4)
+    assert adata.shape == (21, 5)
+    assert list(adata.obs["batch"]) == ["batch_0"] * 7 + ["batch_1"] * 7 + ["batch_2"] * 7
+    assert list(adata.obs["cell_type"].cat.categories) == ["type_0", "type_1"]
+    dropout = adata.varm["dropout"]
+    assert dropout.index.equals(adata.var_names)
+    assert list(dropout.columns) == ["batch_0", "batch_1", "batch_2"]
+    assert (dropout.dtypes == np.float64).all()
+    assert ((dropout > 0).sum() == 2).all()
+    assert adata.layers["rate"].dtype == np.float32
+
+
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_zero_inflated_genes_are_those_of_all_batches_or_of_each(by_batch):
+    dropout = synthetic_zero_inflated(n_cells_batch=1, n_genes=400, n_batches=3, by_batch=by_batch).varm["dropout"]
+    first, second = dropout["batch_0"], dropout["batch_1"]
+    assert first.equals(second) is not by_batch
+    inflated = dropout.to_numpy()[dropout.to_numpy() > 0] if by_batch else first[first > 0]
+    assert stats.kstest(inflated, stats.uniform(0.1, 0.5).cdf).pvalue > LEVEL
+    if by_batch:  # of half of the genes each, a quarter is inflated in both: hypergeometric
+        both = ((first > 0) & (second > 0)).sum()
+        law = stats.hypergeom(400, 200, 200)
+        assert abs(both - law.mean()) <= SIGMAS * law.std()
+
+
+def test_zero_inflated_has_so_many_technical_zeros():
+    """Beyond what counting explains: the share of zeros is pi + (1 - pi) NB(0), averaged over cells."""
+    adata, clean = (synthetic_zero_inflated(n_cells_batch=2000, n_genes=60, share=share, seed=4) for share in (0.5, 0))
+    x, whole = adata.X.toarray(), clean.X.toarray()
+    np.testing.assert_array_equal(adata.layers["rate"], clean.layers["rate"])
+    assert (clean.varm["dropout"] == 0).all(axis=None)
+    kept = x > 0
+    np.testing.assert_array_equal(x[kept], whole[kept])  # what is left has not changed
+    lost = (whole > 0) & ~kept
+    dropout = adata.varm["dropout"]["batch_0"].to_numpy()
+    assert not lost[:, dropout == 0].any()
+    n = (whole > 0).sum(0)
+    error = np.sqrt(dropout * (1 - dropout) / np.maximum(n, 1))
+    assert (np.abs(lost.sum(0) / n - dropout) <= SIGMAS * error).all()
+
+
+def test_zero_inflated_law_of_the_others():
+    """A negative binomial given the rate: variance rate + rate^2 / theta with theta from 1 to 10."""
+    adata = synthetic_zero_inflated(n_cells_batch=4000, n_genes=40, share=0.0)
+    x, rate = adata.X.toarray().astype(float), adata.layers["rate"].astype(float)
+    residual = x - rate
+    assert (np.abs(residual.mean(0)) <= SIGMAS * residual.std(0) / np.sqrt(4000)).all()
+    theta = (rate**2).sum(0) / (residual**2 - rate).sum(0)  # by moments; its error is some percent of genes with counts
+    many = rate.mean(0) > 3
+    assert many.sum() > 10
+    assert (theta[many] > 0.6).all()
+    assert (theta[many] < 20).all()
+
+
 # errors
 
 
@@ -365,6 +437,10 @@ def test_cite_hides_a_panel_and_nothing_else():
         (synthetic_cite, {"n_types": 1}, r"n_types=1 is not at least 2\."),
         (synthetic_cite, {"n_missing": -1}, r"n_missing=-1 is not at least 0\."),
         (synthetic_cite, {"n_missing": 16}, r"n_missing=16 of n_proteins=15 cannot be missing"),
+        (synthetic_zero_inflated, {"share": 1.0}, r"share=1\.0 is not a probability from 0 to below 1"),
+        (synthetic_zero_inflated, {"least_dropout": -0.1}, r"least_dropout=-0\.1 is not a probability"),
+        (synthetic_zero_inflated, {"most_dropout": 0.05}, r"most_dropout=0\.05 is not at least 0\.1"),
+        (synthetic_zero_inflated, {"n_types": 0}, r"n_types=0 is not at least 1\."),
         (synthetic_cite, {"n_missing": 1, "n_batches": 1}, r"cannot be missing in one of n_batches=1"),
     ],
 )

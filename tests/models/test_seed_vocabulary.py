@@ -67,6 +67,7 @@ CALLABLES = {
     },
     "compute_elbo": {"vae": REQUIRED, "posterior": REQUIRED},
     "compute_reconstruction_error": {"vae": REQUIRED, "posterior": REQUIRED},
+    "compute_marginal_log_likelihood_autozi": {"autozivae": REQUIRED, "posterior": REQUIRED, "n_samples_mc": 100},
     "compute_marginal_log_likelihood_scvi": {"vae": REQUIRED, "posterior": REQUIRED, "n_samples_mc": 100},
     "log_nb_positive": {"x": REQUIRED, "mu": REQUIRED, "theta": REQUIRED, "eps": 1e-8},
     "log_zinb_positive": {"x": REQUIRED, "mu": REQUIRED, "theta": REQUIRED, "pi": REQUIRED, "eps": 1e-8},
