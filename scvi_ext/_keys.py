@@ -156,6 +156,7 @@ class FitKeys:
 
 UNS = UnsKeys()
 IN_QUERY = "in_query"  # var: whether a gene was measured in a query, or zeros stand in for it
+PROXIMITY = "proximity_imputed"  # obsm: a table of cells x genes, of no fit
 METRICS = "scvi_ext_metrics"  # uns: a table of several representations, so of no single fit
 ABSTAINED = "Unknown"  # obs: the prediction where confidence is too low, if no unlabelled category is registered
 ANNOTATION = "scvi_ext_annotation"  # uns: a table of several classifiers

@@ -25,7 +25,7 @@ FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f) and 
 ON_ANNDATA = {name: f for name, f in FUNCTIONS.items() if name.partition(".")[0] in OF_ANNDATA}
 
 # Columns of obs that only the user can name, and what cells are held against: the arguments without a default.
-REQUIRED = {"groupby", "condition", "batch_key", "labels_key", "reference"}
+REQUIRED = {"groupby", "condition", "batch_key", "labels_key", "reference", "measured"}
 # Whose result has other genes, so that it is always an AnnData of its own.
 MAKES_ITS_OWN = {"align_query"}
 # Of a MuData only; all others take an AnnData.

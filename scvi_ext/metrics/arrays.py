@@ -13,12 +13,12 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.special import entr
-from scipy.stats import entropy
+from scipy.stats import entropy, rankdata
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors
 
 from scvi_ext._errors import one_of, whole_number
 
@@ -481,6 +481,82 @@ def nn_overlap(neighbors: spmatrix | sparray, other: spmatrix | sparray) -> dict
     # Whole numbers of Python: n^4 does not fit into 64 bits.
     spread = (float(a * (n2 - a)) * float(b * (n2 - b))) ** 0.5
     return {"spearman": (n2 * common - a * b) / spread, "fold_enrichment": n2 * common / (a * b)}
+
+
+def proximity_imputation(x: ArrayLike, expression: ArrayLike, x_new: ArrayLike, n_neighbors: int = 4) -> np.ndarray:
+    """Impute the expression of cells by the mean of their nearest neighbours, weighted by the inverse of distances.
+
+    What a model that imputes must beat, if it is to be of use.
+
+    Parameters
+    ----------
+    x
+        Where cells with known expression lie, cells x units.
+    expression
+        Of these cells, cells x genes.
+    x_new
+        Where the others lie, cells x units.
+    n_neighbors
+        Of each of the others. One at distance 0 decides alone.
+
+    Returns
+    -------
+    float64, others x genes.
+
+    Raises
+    ------
+    ValueError
+        Fewer cells than ``n_neighbors``, or numbers of units or cells that do not fit together.
+
+    Examples
+    --------
+    >>> from scvi_ext.metrics import arrays
+    >>> arrays.proximity_imputation([[0.0], [3.0], [9.0]], [[0.0], [6.0], [50.0]], [[1.0]], n_neighbors=2)
+    array([[2.]])
+
+    References
+    ----------
+    Lopez et al. (2019), ICML Workshop on Computational Biology, arXiv:1905.02269.
+    """
+    x, expression = np.asarray(x), np.asarray(expression, dtype=np.float64)
+    if whole_number("n_neighbors", n_neighbors, 1) > len(x):
+        msg = f"n_neighbors={n_neighbors}, but the expression of {len(x)} cells only is known."
+        raise ValueError(msg)
+    neighbors = KNeighborsRegressor(n_neighbors, weights="distance")
+    return neighbors.fit(x, expression).predict(np.asarray(x_new))
+
+
+def imputation_correlation(imputed: ArrayLike, measured: ArrayLike) -> np.ndarray:
+    """Spearman's correlation over cells of what was imputed with what was measured, of each gene.
+
+    Parameters
+    ----------
+    imputed, measured
+        Cells x genes.
+
+    Returns
+    -------
+    float64, one for each gene; NaN where either is the same in all cells.
+
+    Raises
+    ------
+    ValueError
+        They have different cells or genes.
+
+    Examples
+    --------
+    >>> from scvi_ext.metrics import arrays
+    >>> arrays.imputation_correlation([[0.1, 5], [0.2, 4], [0.9, 3]], [[0, 1], [1, 2], [7, 3]])
+    array([ 1., -1.])
+    """
+    imputed, measured = np.asarray(imputed), np.asarray(measured)
+    if imputed.shape != measured.shape:
+        msg = f"{imputed.shape} values were imputed and {measured.shape} measured; cells and genes must be the same."
+        raise ValueError(msg)
+    ranks = [rankdata(values, axis=0) for values in (imputed, measured)]
+    a, b = (of_one - of_one.mean(axis=0) for of_one in ranks)
+    spread = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+    return np.divide((a * b).sum(axis=0), spread, out=np.full(len(spread), np.nan), where=spread > 0)
 
 
 def clr(counts: ArrayLike) -> np.ndarray:
