@@ -31,6 +31,7 @@ from scvi_ext.nn.classifier import Classifier
 from scvi_ext.nn.decoders import Decoder, DecoderSCVI, DecoderTOTALVI, LinearDecoderSCVI
 from scvi_ext.nn.encoders import Encoder, EncoderTOTALVI
 from scvi_ext.nn.layers import FCLayers
+from scvi_ext.nn.multi import MultiDecoder, MultiEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +51,8 @@ __all__ = [
     "FCLayers",
     "LinearDecoderSCVI",
     "Minibatch",
+    "MultiDecoder",
+    "MultiEncoder",
     "broadcast_labels",
     "build",
     "compute_elbo",
