@@ -119,6 +119,9 @@ class JointSummary:
     library_log_vars: tuple[tuple[float, ...], ...]
 
 
+N_TRAIN = "n_train"  # the buffer of a module that is of its run, not of what was learned: no other run takes it over
+
+
 @dataclass(frozen=True)
 class DataSummary:
     """The sizes a module is built from, and the prior of the log library size in each batch."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ import torch
 from scanpy import logging as logg
 
 from scvi_ext import models, results
-from scvi_ext._contract import Capability, SavedFit
+from scvi_ext._contract import N_TRAIN, Capability, SavedFit
 from scvi_ext._errors import listing, one_of, warn, whole_number
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.query import read_query
@@ -274,8 +274,10 @@ def _operate(trained: SavedFit, spec: ModelSpec, config: Any, query: Query) -> t
     with torch.device("meta"):  # only its structure is looked at
         old = models.build(spec, config, Registry.from_uns(trained.setup).sizes(n_genes), trained.frozen)
     with seeded(0, resolve_device("cpu")):  # a module draws initial weights, even if it is given others
-        module = models.build(spec, config, query.store.summary(query.registry), trained.frozen)
-    state, masks = widen(old, module, {name: torch.tensor(array) for name, array in trained.state.items()})
+        summary = replace(query.store.summary(query.registry), n_train=query.store.n_cells)
+        module = models.build(spec, config, summary, trained.frozen)
+    learned = {name: torch.tensor(array) for name, array in trained.state.items() if name != N_TRAIN}
+    state, masks = widen(old, module, learned)
     module.load_state_dict(state)
     return module.eval(), masks
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scvi_ext import models
-from scvi_ext._contract import Capability, SavedFit
+from scvi_ext._contract import N_TRAIN, Capability, SavedFit
 from scvi_ext._errors import listing, number, unknown_keyword, whole_number
 from scvi_ext._keys import valid_key
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, differing_slots, read_fit, read_setup
@@ -266,7 +266,7 @@ def _take_over(module: nn.Module, start: SavedFit, spec: ModelSpec) -> None:
             f"{spec.name!r}, so its weights cannot be taken over. Fit without init_from."
         )
         raise ValueError(msg)
-    load_module(module, module_arrays(module) | dict(start.state))
+    load_module(module, module_arrays(module) | {k: v for k, v in start.state.items() if k != N_TRAIN})
 
 
 def _check_labels(

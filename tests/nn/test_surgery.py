@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from _tolerances import FLOAT32
 
 from scvi_ext import models
 from scvi_ext._contract import Capability, DataSummary, Minibatch, ProteinSummary
+from scvi_ext.functional.evidence import loss_at
 from scvi_ext.nn.layers import FCLayers
 from scvi_ext.nn.surgery import widen
 
@@ -122,7 +124,7 @@ def everything(module, cells: Minibatch) -> dict[str, torch.Tensor]:
         qz, ql = posteriors = module.posteriors(cells)
         z, log_library = module.draw(cells, posteriors, noise)
         px = module.decode(module.transform_z(z), cells, log_library)
-        loss = module.loss(cells, noise=noise)
+        loss = loss_at(module, cells, noise, module.draw_shared(np.random.default_rng(0)))
         values = {"loc": qz.loc, "scale": qz.scale, **px._asdict(), **loss._asdict()}
         if Capability.PROTEIN in models.get(type(module).__module__.rpartition(".")[2]).capabilities:
             py = module.decode_protein(z, cells)

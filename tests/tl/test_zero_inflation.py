@@ -341,6 +341,25 @@ def test_the_divergence_of_delta_is_in_history_and_elbo(adata, kind):
     assert -loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_each_run_shares_the_divergence_among_its_own_cells(adata):
+    fits = adata.uns["scvi_ext"]["fits"]
+    assert fits["gene"]["state"]["n_train"].tolist() == [181]
+    some = adata[:100].copy()
+    sx.tl.fit(some, "autozi", init_from="gene", key_added="on", max_epochs=1, train_size=0.5)
+    assert some.uns["scvi_ext"]["fits"]["on"]["state"]["n_train"].tolist() == [50]
+    query = adata[:60].copy()
+    query.obs["batch"] = "new"
+    query.uns = {}
+    sx.tl.map_query(query, adata, key="gene-batch", max_epochs=2)
+    state = query.uns["scvi_ext"]["fits"]["gene-batch"]["state"]
+    assert state["n_train"].tolist() == [60]
+    learned = fits["gene-batch"]["state"]["alpha_posterior_logit"]
+    np.testing.assert_array_equal(state["alpha_posterior_logit"][:3], learned)
+    assert (state["alpha_posterior_logit"][3] != learned.mean(0)).all()
+    sx.tl.get_zero_inflation(query)
+    assert query.varm["gene-batch_zero_inflation_share"]["new"].notna().all()
+
+
 @pytest.mark.parametrize("by_batch", [False, True])
 def test_inflated_genes_are_found(by_batch):
     """Of 20 other data sets of either kind, means less 6 standard deviations are 0.92, 0.83 and 2.05."""
