@@ -40,7 +40,7 @@ class JointStore:
     @cached_property
     def var_names(self) -> pd.Index:
         """Every gene once: those of the first data set in their order, then what others add."""
-        return pd.Index(dict.fromkeys(name for store in self.stores for name in store.var_names))
+        return union([store.var_names for store in self.stores])
 
     @cached_property
     def obs_names(self) -> pd.Index:
@@ -121,12 +121,25 @@ def resident(store: CellStore | JointStore, device: torch.device) -> Block | Joi
 
 def describe(store: JointStore, registries: Sequence[Registry]) -> dict[str, Any]:
     """The data sets in words and numbers that files can hold: names, all genes, and by position those of each."""
+    return describe_genes(store.names, [part.var_names for part in store.stores], registries)
+
+
+def describe_genes(
+    names: Sequence[str], genes: Sequence[Sequence[str]], registries: Sequence[Registry]
+) -> dict[str, Any]:
+    """The same of data sets with these genes."""
+    every = union(genes)
     return {
-        "datasets": np.array(store.names, dtype=np.str_),
-        "genes": np.array(store.var_names, dtype=np.str_),
-        "positions": {str(i): positions for i, positions in enumerate(store.genes)},
+        "datasets": np.array(names, dtype=np.str_),
+        "genes": np.array(every, dtype=np.str_),
+        "positions": {str(i): every.get_indexer(of_one) for i, of_one in enumerate(genes)},
         "batches": {str(i): np.array(n_batches(registry)) for i, registry in enumerate(registries)},
     }
+
+
+def union(genes: Sequence[Sequence[str]]) -> pd.Index:
+    """Every gene once: those of the first data set in their order, then what others add."""
+    return pd.Index(dict.fromkeys(name for of_one in genes for name in of_one))
 
 
 def n_batches(registry: Registry) -> int:

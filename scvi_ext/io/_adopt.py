@@ -20,6 +20,8 @@ from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, kn
 from scvi_ext.data.store import check_proteins, check_unique_genes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
 
     from scvi_ext._contract import SavedFit
@@ -27,11 +29,35 @@ if TYPE_CHECKING:
 
 def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     """Return ``fit``, or write it into ``adata`` with its setup if there is none. All checks come first."""
-    registry = Registry.from_uns(fit.setup)
+    if adata is None:
+        check_fit(fit)
+        return fit
+    adopt_all([(fit, adata)])
+    return None
+
+
+def adopt_all(pairs: Sequence[tuple[SavedFit, AnnData]]) -> None:
+    """Write fits into an AnnData each, with their setups where there are none. All checks of all come first."""
+    setups = [_check(fit, adata) for fit, adata in pairs]
+    for (fit, adata), setup in zip(pairs, setups, strict=True):
+        slots = f"\n    {fit.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])"
+        if setup is not None:
+            results.write_setup(adata, setup.to_uns())
+            slots += f"\n    {UNS.setup!r}, what the model reads (adata.uns[{UNS.root!r}])"
+        results.write_fit(adata, fit)
+        logg.info(f"read a {fit.model!r} fit of {len(fit.var_names)} genes", deep=f"added{slots}")
+
+
+def check_fit(fit: SavedFit) -> None:
+    """Raise unless it has a name that files can hold, and is that of a module that can be built here."""
     valid_key(fit.key)
     _check_state(fit)
-    if adata is None:
-        return fit
+
+
+def _check(fit: SavedFit, adata: AnnData) -> Registry | None:
+    """Raise unless ``adata`` can hold the fit; the setup to be written, where it has none."""
+    registry = Registry.from_uns(fit.setup)
+    check_fit(fit)
     if fit.key in read_root(adata).get(UNS.fits, {}):
         msg = f"adata already has a fit {fit.key!r}: read this one under another name, key_added=..."
         raise ValueError(msg)
@@ -39,15 +65,11 @@ def adopt(fit: SavedFit, adata: AnnData | None) -> SavedFit | None:
     _check_genes(fit, adata)
     infers_labels = Capability.LABELS in models.get(fit.model).capabilities
     _check_slots(replace(registry, labels_key=None) if infers_labels else registry, adata)
-    slots = f"\n    {fit.key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}])"
-    if UNS.setup not in read_root(adata):
-        audits = audit_registered(adata, replace(registry, batch_key=None, labels_key=None))
-        clean = report_audits(audits, "error", remarks=False)
-        results.write_setup(adata, replace(registry, audit="clean" if clean else None).to_uns())
-        slots += f"\n    {UNS.setup!r}, what the model reads (adata.uns[{UNS.root!r}])"
-    results.write_fit(adata, fit)
-    logg.info(f"read a {fit.model!r} fit of {len(fit.var_names)} genes", deep=f"added{slots}")
-    return None
+    if UNS.setup in read_root(adata):
+        return None
+    audits = audit_registered(adata, replace(registry, batch_key=None, labels_key=None))
+    clean = report_audits(audits, "error", remarks=False)
+    return replace(registry, audit="clean" if clean else None)
 
 
 def _check_state(fit: SavedFit) -> None:

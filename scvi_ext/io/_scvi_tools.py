@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,26 @@ from scipy.special import expit
 from scvi_ext import models
 from scvi_ext._contract import SavedFit
 from scvi_ext._errors import listing, warn
+from scvi_ext.data.joint import describe_genes
 from scvi_ext.data.registry import Registry
 
-from ._adopt import adopt
+from ._adopt import adopt, adopt_all, check_fit
 from ._torch_archive import Record, read_torch_archive
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from os import PathLike
 
     from anndata import AnnData
 
 _FILE = "model.pt"
-_MODELS = {"AUTOZI": "autozi", "LinearSCVI": "ldvae", "SCANVI": "scanvi", "SCVI": "scvi", "TOTALVI": "totalvi"}
+_MODELS = {
+    "AUTOZI": "autozi",
+    "GIMVI": "gimvi",
+    "LinearSCVI": "ldvae",
+    "SCANVI": "scanvi",
+    "SCVI": "scvi",
+    "TOTALVI": "totalvi",
+}
 _RENAMED_OPTIONS = {"gene_likelihood": "reconstruction_loss"}
 _RENAMED_OPTIONS_OF_TOTALVI = {"gene_likelihood": "reconstruction_loss_gene", "n_layers_decoder": "n_layers"}
 _ONLY_THERE = {"extra_payload_autotune"}  # changes what their training reports, not the model
@@ -57,6 +65,23 @@ _RENAMED_WEIGHTS = {
     r"\.fc_layers\.Layer (\d+)\.1\.": r".layers.\1.batch_norm.0.",
     r"\.px_scale_decoder\.0\.": ".px_scale_decoder.",
 }
+# Of the parts that their GIMVI passes on to its module, where those are not ours. The critic is not kept.
+_DEFAULTS_OF_GIMVI = {
+    "dim_hidden_encoder": 64,
+    "dim_hidden_decoder_individual": 64,
+    "dim_hidden_decoder_shared": 64,
+    "dropout_rate_encoder": 0.2,
+    "dropout_rate_decoder": 0.2,
+    "kappa": 0.0,
+}
+_DATASETS_OF_GIMVI = ("seq", "spatial")
+_RENAMED_WEIGHTS_OF_GIMVI = {
+    r"^l_encoders\.(\d+)\.": r"libraries.\1.encoder.",
+    r"^library_log_(means|vars)_(\d+)$": r"libraries.\2.log_\1",
+    r"^z_encoder\.": "encoder.",
+}
+# With one batch normalisation there, and one for each data set here.
+_SHARED_IN_GIMVI = ("encoder.encoder_shared.", "decoder.px_decoder_conditioned.", "decoder.px_decoder_final.")
 _BY_BATCH = {
     "protein_dispersion.log_theta",
     "background_mean",
@@ -69,11 +94,11 @@ _BY_BATCH = {
 
 def read_scvi_tools(
     path: str | PathLike,
-    adata: AnnData | None = None,
+    adata: AnnData | Mapping[str, AnnData] | None = None,
     *,
     prefix: str = "",
     key_added: str | None = None,
-) -> SavedFit | None:
+) -> SavedFit | dict[str, SavedFit] | None:
     """Read a model saved by scvi-tools, without running anything that the file says.
 
     ``model.pt`` is a pickle, which can contain any program. The reader used here makes containers, arrays and tensors
@@ -83,11 +108,12 @@ def read_scvi_tools(
     ----------
     path
         Folder that ``model.save(path)`` of scvi-tools wrote, or the ``model.pt`` in it. Models of the classes ``SCVI``,
-        ``LinearSCVI``, ``SCANVI``, ``TOTALVI`` and ``AUTOZI`` can be read; here they are called ``"scvi"``,
-        ``"ldvae"``, ``"scanvi"``, ``"totalvi"`` and ``"autozi"``.
+        ``LinearSCVI``, ``SCANVI``, ``TOTALVI``, ``AUTOZI`` and ``GIMVI`` can be read; here they are called ``"scvi"``,
+        ``"ldvae"``, ``"scanvi"``, ``"totalvi"``, ``"autozi"`` and ``"gimvi"``.
     adata
         Annotated data to put the model into, with all genes of the model in any order, and the columns it was set up
-        with.
+        with. For a ``GIMVI`` a mapping, ``{"seq": adata, "spatial": other}``: the names of the data sets from now on,
+        those of its ``adata_seq`` and ``adata_spatial`` in this order. One of these two names alone will do.
     prefix
         The ``prefix`` that was given to ``model.save``.
     key_added
@@ -96,7 +122,8 @@ def read_scvi_tools(
     Returns
     -------
     None if ``adata`` is given. Then ``adata.uns["scvi_ext"]["fits"][key_added]`` is written, and
-    ``adata.uns["scvi_ext"]["setup"]`` if ``adata`` has not been set up yet. Otherwise the ``SavedFit``: plain data with
+    ``adata.uns["scvi_ext"]["setup"]`` if ``adata`` has not been set up yet; of a ``GIMVI`` in each of the data sets.
+    Otherwise the ``SavedFit``, of a ``GIMVI`` a dictionary with one for each data set: plain data with
     ``model``, ``config``, ``setup``, ``var_names``, ``state`` (name -> float32 array), ``history`` and ``status``. The
     history has one row per epoch; its ``elbo_*`` have the sign of an ELBO, so that higher is better.
 
@@ -106,6 +133,8 @@ def read_scvi_tools(
         There is no such file.
     KeyError
         ``adata`` lacks genes of the model, or columns it was set up with.
+    TypeError
+        ``adata`` is a mapping and the model is of one AnnData, or the other way round.
     ValueError
         The file is not a model of these classes, refers to anything but containers, arrays and tensors, or uses an
         option that does not exist here, or ``adata`` has been set up differently. Nothing has been written then.
@@ -123,14 +152,52 @@ def read_scvi_tools(
     file = _model_file(Path(path).expanduser(), prefix)
     content = read_torch_archive(file)
     try:
-        fit = _translate(content, file)
+        of_datasets = "registries_" in content["attr_dict"]
+        fits = _translate_gimvi(content, file) if of_datasets else [_translate(content, file)]
     except (AttributeError, KeyError, TypeError) as error:
         msg = (
             f"{str(file)!r} is not laid out as scvi-tools 1.x lays out a model of the classes {listing(_MODELS)} "
             f"({type(error).__name__}: {error}). Load it with scvi-tools and save it again."
         )
         raise ValueError(msg) from error
-    return adopt(fit if key_added is None else replace(fit, key=key_added), adata)
+    fits = [fit if key_added is None else replace(fit, key=key_added) for fit in fits]
+    if of_datasets:
+        return _adopt_datasets(fits, adata)
+    if isinstance(adata, Mapping):
+        msg = f"The model is a {fits[0].model!r} fit of one AnnData, and a mapping was given: give the AnnData alone."
+        raise TypeError(msg)
+    return adopt(fits[0], adata)
+
+
+def _adopt_datasets(fits: list[SavedFit], datasets: object) -> dict[str, SavedFit] | None:
+    """Fits by the names of their data sets, or None after each has been written into the AnnData of this name."""
+    if datasets is None:
+        for fit in fits:
+            check_fit(fit)
+        return dict(zip(_DATASETS_OF_GIMVI, fits, strict=True))
+    if not isinstance(datasets, Mapping):
+        msg = (
+            "The model is of two data sets, and one AnnData was given: give both by name, "
+            "{'seq': adata_seq, 'spatial': adata_spatial}, or one of them, {'spatial': adata}."
+        )
+        raise TypeError(msg)
+    given = list(datasets)
+    names = given
+    if set(given) <= set(_DATASETS_OF_GIMVI):
+        names = _DATASETS_OF_GIMVI
+    elif len(given) != 2:
+        msg = (
+            f"{len(given)} data sets were given, {listing(given)}, and the model is of two: the one that was adata_seq "
+            "and the one that was adata_spatial, in this order."
+        )
+        raise ValueError(msg)
+    renamed = np.array(names, dtype=np.str_)
+    fits = {
+        name: replace(fit, joint=dict(fit.joint) | {"datasets": renamed, "dataset": name})
+        for name, fit in zip(names, fits, strict=True)
+    }
+    adopt_all([(fits[name], adata) for name, adata in datasets.items()])
+    return None
 
 
 def _model_file(path: Path, prefix: str) -> Path:
@@ -176,6 +243,89 @@ def _translate(content: Any, file: Path) -> SavedFit:
         history=_history(attributes.get("history_") or {}),
         status={"imported_from": f"scvi-tools {theirs['scvi_version']}", "trained": bool(attributes["is_trained_"])},
     )
+
+
+def _translate_gimvi(content: Any, file: Path) -> list[SavedFit]:
+    """A fit for each of the two data sets, which differ in what is their own."""
+    attributes = content["attr_dict"]
+    name = attributes["registries_"][0]["model_name"]
+    if name != "GIMVI":
+        msg = f"{str(file)!r} is a model of the class {name!r}; these can be read: {listing(_MODELS)}."
+        raise ValueError(msg)
+    registries = [_registry(theirs).read_by(frozenset()) for theirs in attributes["registries_"]]
+    genes = [[str(gene) for gene in content[f"{dataset}_var_names"]] for dataset in _DATASETS_OF_GIMVI]
+    config = _config_of_gimvi(attributes["init_params_"])
+    joint = describe_genes(_DATASETS_OF_GIMVI, genes, registries)
+    positions = {f"genes_{i}": joint["positions"][str(i)].astype(np.int64) for i in range(len(genes))}
+    state = positions | _state_of_gimvi(content["model_state_dict"], config)
+    version = attributes["registries_"][0]["scvi_version"]
+    return [
+        SavedFit(
+            key="gimvi",
+            model="gimvi",
+            config=config,
+            run={},
+            setup=registry.to_uns(),
+            var_names=np.array(own),
+            state=state,
+            history=_history(attributes.get("history_") or {}),
+            status={"imported_from": f"scvi-tools {version}", "trained": bool(attributes["is_trained_"])},
+            joint=joint | {"dataset": dataset},
+        )
+        for dataset, own, registry in zip(_DATASETS_OF_GIMVI, genes, registries, strict=True)
+    ]
+
+
+def _config_of_gimvi(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of our model, from the arguments that theirs was made with."""
+    options = dict(parameters["non_kwargs"])
+    for further in parameters["kwargs"].values():
+        options |= further
+    likelihoods = options.pop("generative_distributions") or ("zinb", "nb")
+    latent = options.pop("model_library_size") or (True, False)
+    options.pop("n_labels", None)  # their module has labels for a dispersion only, which is refused below
+    defaults = asdict(models.get("gimvi").config()) | _DEFAULTS_OF_GIMVI
+    unknown = options.keys() - defaults.keys()
+    if unknown or options.get("dispersion") == "gene-label":
+        option = min(unknown) if unknown else "dispersion"
+        msg = f"The model was made with {option}={options[option]!r}, an option that 'gimvi' does not have here."
+        raise ValueError(msg)
+    config = defaults | options
+    config["reconstruction_losses"], config["model_library_bools"] = tuple(likelihoods), tuple(map(bool, latent))
+    # Defaults for options that change nothing in this combination: ignored there, refused here.
+    ours = asdict(models.get("gimvi").config())
+    individual, shared = config["n_layers_decoder_individual"], config["n_layers_decoder_shared"]
+    has_effect = {
+        "dim_hidden_decoder_individual": individual > 1 or (individual and shared),
+        "dim_hidden_decoder_shared": individual or shared,
+        "dropout_rate_decoder": individual or shared,
+        "dispersion": config["dispersion"] != "gene-cell" or set(likelihoods) != {"poisson"},
+    }
+    return config | {option: ours[option] for option, has in has_effect.items() if not has}
+
+
+def _state_of_gimvi(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Their weights under our names, without the parts that the model never uses."""
+    gene_cell = config["dispersion"] == "gene-cell"
+    unused = {
+        "px_r": gene_cell or set(config["reconstruction_losses"]) == {"poisson"},
+        "decoder.px_r_decoder.": not gene_cell,
+        "decoder.px_dropout_decoder.": "zinb" not in config["reconstruction_losses"],
+    }
+    dropped = tuple(start for start, is_unused in unused.items() if is_unused)
+    state = {}
+    for theirs, array in weights.items():
+        if theirs.startswith(dropped):
+            continue
+        name = _renamed(theirs, _RENAMED_WEIGHTS_OF_GIMVI | _RENAMED_WEIGHTS)
+        if name == "dispersion.log_theta":
+            array = array.reshape(-1) if config["dispersion"] == "gene" else array.T  # theirs is (G, K)
+        elif name.startswith("libraries.") and ".log_" in name:
+            array = array.reshape(-1)  # theirs is (1, K)
+        state[name] = _as_saved(array)
+        if name.startswith(_SHARED_IN_GIMVI) and ".batch_norm.0." in name:
+            state[name.replace(".batch_norm.0.", ".batch_norm.1.")] = _as_saved(array)
+    return state
 
 
 def _registry(theirs: Mapping[str, Any]) -> Registry:
@@ -315,8 +465,7 @@ def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, n
     for name, array in weights.items():
         if name.startswith(dropped):
             continue
-        for pattern, replacement in _RENAMED_WEIGHTS.items():
-            name = re.sub(pattern, replacement, name)
+        name = _renamed(name, _RENAMED_WEIGHTS)
         if name == "dispersion.log_theta":
             array = array.reshape(-1) if dispersion == "gene" else array.T  # theirs is (G, K)
         elif name in _BY_BATCH:
@@ -327,8 +476,18 @@ def _state(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, n
             array = array.reshape(-1)  # theirs is (1, K)
         elif name == "log_y_prior":
             array = np.log(array).reshape(-1)  # theirs is (1, C)
-        state[name] = np.array(array, dtype=np.float32 if array.dtype.kind == "f" else array.dtype, order="C")
+        state[name] = _as_saved(array)
     return state
+
+
+def _renamed(name: str, patterns: Mapping[str, str]) -> str:
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _as_saved(array: np.ndarray) -> np.ndarray:
+    return np.array(array, dtype=np.float32 if array.dtype.kind == "f" else array.dtype, order="C")
 
 
 def _history(frames: Mapping[str, Any]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ Each case is a folder with ``model.pt`` as scvi-tools saves it, ``case.json`` (w
 ``expected.npz``: counts and columns of a few cells under ``x`` and ``obs.<column>``, the training history under
 ``history.<name>``, and for these cells, in evaluation mode and at the posterior mean, the quantities that the tests
 compare. Where there are proteins, their counts are under ``protein``, and the log background is at its posterior mean
-too.
+too. Cases of several data sets have all of that for each of them, as ``<name>.<data set>``, but for the history.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = Path(__file__).parent / "cases"
 N_TRAIN, N_KEPT, N_GENES, N_PROTEINS = 60, 12, 40, 5
 SMALL = {"n_hidden": 16, "n_latent": 5}
 SCVI, LinearSCVI, SCANVI = scvi.model.SCVI, scvi.model.LinearSCVI, scvi.model.SCANVI
-TOTALVI, AUTOZI = scvi.model.TOTALVI, scvi.model.AUTOZI
+TOTALVI, AUTOZI, GIMVI = scvi.model.TOTALVI, scvi.model.AUTOZI, scvi.external.GIMVI
 WITH_PROTEINS = {"batch_key": "batch", "protein_expression_obsm_key": "protein"}
 # One of the cell types plays the cells without a label.
 PARTLY_LABELLED = {"batch_key": "batch", "labels_key": "label", "unlabeled_category": "Dendritic"}
@@ -129,6 +129,28 @@ MODELS = {
         {"zero_inflation": "gene-label", "dispersion": "gene-label", "n_hidden": 12},
     ),
     "autozi_gene_learned_prior": (AUTOZI, {"batch_key": "batch"}, {"alpha_prior": None, "beta_prior": None}),
+}
+# name -> arguments of setup_anndata, arguments of the model, of two data sets
+JOINT_MODELS = {
+    "gimvi_zinb_nb_layers_latent_library": (
+        {"batch_key": "batch"},
+        {
+            "model_library_size": [False, True],
+            "n_layers_decoder_individual": 1,
+            "n_layers_decoder_shared": 1,
+            "dim_hidden_decoder_individual": 6,
+            "dim_hidden_decoder_shared": 7,
+        },
+    ),
+    "gimvi_nb_poisson_gene_cell": (
+        {"labels_key": "label"},
+        {
+            "generative_distributions": ["nb", "poisson"],
+            "model_library_size": [False, False],
+            "dispersion": "gene-cell",
+            "n_layers_encoder_shared": 2,
+        },
+    ),
 }
 # In the first of these a batch has not measured two of the proteins.
 PANELS = {"totalvi_zinb_panels_latent_library_covariates": ("b", [1, 3])}
@@ -275,11 +297,75 @@ def expected_of_zero_inflation(model: AUTOZI) -> dict[str, np.ndarray]:
     return arrays | {"latent": model.get_latent_representation(indices=first)}
 
 
+@torch.no_grad()
+def expected_of_datasets(model: GIMVI) -> dict[str, np.ndarray]:
+    """The same of each data set; profiles and rates are those that are imputed."""
+    module = model.module.cpu().eval()
+    values = {}
+    for mode, (name, adata) in enumerate(zip(model.adata_managers, model.adatas, strict=True)):
+        loader = model._make_data_loader(adata, indices=np.arange(N_KEPT), batch_size=N_KEPT, shuffle=False)
+        tensors = next(iter(loader))
+        x, batch = tensors["X"], tensors["batch"]
+        inferred = module.inference(x, mode)
+        qz, ql = inferred["qz"], inferred["ql"]
+        library = inferred["library"] if ql is None else ql.loc
+        made = module.generative(qz.loc, library, batch, None, mode)
+        loss = module.loss(tensors, inferred, made, mode)
+        reconstruction, kl = loss.reconstruction_loss["reconstruction_loss"], loss.kl_local["kl_local"]
+        of_one = {"qz_mean": qz.loc, "qz_scale": qz.scale, "log_prob": -reconstruction, "kl": kl}
+        of_one |= {"latent": module.sample_from_posterior_z(x, mode, deterministic=True)}
+        of_one |= {f"px_{part}": made[f"px_{part}"] for part in ("r", "dropout")}
+        if ql is not None:
+            of_one |= {"ql_mean": ql.loc, "ql_scale": ql.scale}
+        values |= {f"{key}.{name}": value.numpy() for key, value in of_one.items()}
+    for normalized, what in ((True, "scale"), (False, "rate")):
+        imputed = model.get_imputed_values(normalized=normalized)
+        values |= {
+            f"imputed_{what}.{name}": of_one[:N_KEPT]
+            for name, of_one in zip(model.adata_managers, imputed, strict=True)
+        }
+    return values
+
+
 EXPECTED = {TOTALVI: expected_of_proteins, AUTOZI: expected_of_zero_inflation}
 
 
+def make_joint(seed: int, name: str, setup: dict, options: dict) -> None:
+    """A case of two data sets, the second of which has half of the genes in another order."""
+    every = cells(seed, N_GENES // 2)
+    panel = np.random.default_rng(seed).permutation(every.var_names)[: N_GENES // 4]
+    seq, spatial = every[: N_TRAIN // 2].copy(), every[N_TRAIN // 2 :, panel].copy()
+    scvi.settings.seed = seed
+    for adata in (seq, spatial):
+        GIMVI.setup_anndata(adata, **setup)
+    model = GIMVI(seq, spatial, n_latent=5, dim_hidden_encoder=8, **options)
+    model.train(max_epochs=10, batch_size=32, accelerator="cpu", enable_progress_bar=False, logger=False)
+    model.history_ = None
+    arrays = expected_of_datasets(model)
+    model.save(CASES / name)
+    for dataset, adata in zip(model.adata_managers, model.adatas, strict=True):
+        kept = adata[:N_KEPT]
+        arrays[f"x.{dataset}"] = kept.X.toarray().astype("uint16")
+        for column in ("batch", "label"):
+            arrays[f"obs.{column}.{dataset}"] = kept.obs[column].to_numpy(str)
+    write_expected(name, GIMVI, arrays, setup, {"n_latent": 5, "dim_hidden_encoder": 8} | options)
+
+
+def write_expected(name: str, cls: type, arrays: dict, setup: dict, options: dict) -> None:
+    """What the tests compare, and what the case was made with, beside the model."""
+    np.savez_compressed(CASES / name / "expected.npz", **arrays)
+    case = {"class": cls.__name__, "setup": setup, "options": options, "scvi-tools": scvi.__version__}
+    (CASES / name / "case.json").write_text(json.dumps(case, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in (CASES / name).iterdir())
+    print(f"{name}: {size / 1024:.0f} KB, {sorted(arrays)}")
+
+
 def main() -> None:
-    asked = sys.argv[1:] or MODELS
+    asked = sys.argv[1:] or [*MODELS, *JOINT_MODELS]
+    for seed, (name, (setup, options)) in enumerate(JOINT_MODELS.items()):
+        if name in asked:
+            shutil.rmtree(CASES / name, ignore_errors=True)
+            make_joint(seed, name, setup, options)
     for seed, (name, (cls, setup, options)) in enumerate(MODELS.items()):
         if name not in asked:
             continue
@@ -311,11 +397,7 @@ def main() -> None:
         if name in WITH_HISTORY:
             inputs |= {f"history.{k}": v.to_numpy(float).ravel() for k, v in model.history.items()}
         as_text = {k: v.astype(str) if v.dtype == object else v for k, v in inputs.items()}
-        np.savez_compressed(CASES / name / "expected.npz", **arrays, **as_text)
-        case = {"class": cls.__name__, "setup": setup, "options": SMALL | options, "scvi-tools": scvi.__version__}
-        (CASES / name / "case.json").write_text(json.dumps(case, indent=1) + "\n")
-        size = sum(file.stat().st_size for file in (CASES / name).iterdir())
-        print(f"{name}: {size / 1024:.0f} KB, {sorted(arrays)}")
+        write_expected(name, cls, arrays | as_text, setup, SMALL | options)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,11 @@ def _shared_cases() -> list[Path]:
     return [case for case in cases if json.loads((case / "case.json").read_text())["model"] in MODELS]
 
 
-SMALL_CASES = sorted((HERE / "cases").iterdir())
+SMALL_CASES = [
+    case
+    for case in sorted((HERE / "cases").iterdir())
+    if json.loads((case / "case.json").read_text())["class"] in MODELS  # others: test_golden_joint.py
+]
 CASES = [
     *(pytest.param(case, id=case.name) for case in SMALL_CASES),
     *(pytest.param(case, id=f"shared-{case.name}") for case in _shared_cases()),
@@ -247,5 +251,5 @@ def test_proteins_that_a_batch_has_not_measured_are_read():
 
 
 def test_small_cases_stay_small():
-    for case in SMALL_CASES:
-        assert sum(file.stat().st_size for file in case.iterdir()) < 50_000, case.name
+    for case in (HERE / "cases").iterdir():
+        assert sum(file.stat().st_size for file in case.iterdir()) < 60_000, case.name
