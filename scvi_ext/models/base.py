@@ -294,6 +294,11 @@ class CountVAE(nn.Module, ABC):
         return (self.reconstruction_loss,)
 
     @property
+    def has_theta(self) -> bool:
+        """Whether the likelihood of the cells has a dispersion."""
+        return self.reconstruction_loss in _WITH_THETA
+
+    @property
     def genes(self) -> Tensor | None:
         """Positions of the genes of the cells among those of the parameters; None where they are the same."""
         return None

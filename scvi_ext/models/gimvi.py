@@ -212,11 +212,6 @@ dropout_rate_decoder
             )
             for i, (n, latent) in enumerate(zip(dim_input_list, model_library_bools, strict=True))
         )
-        self.heads = {
-            "scale_activation": "softmax",
-            "gene_cell": with_theta and dispersion == "gene-cell",
-            "zero_inflation": "zinb" in reconstruction_losses,
-        }
         self.decoder = MultiDecoder(
             n_latent,
             total_genes,
@@ -227,8 +222,8 @@ dropout_rate_decoder
             [n_batch],
             dropout_rate_decoder,
             n_heads=n_heads,
-            gene_cell=self.heads["gene_cell"],
-            zero_inflation=self.heads["zero_inflation"],
+            gene_cell=with_theta and dispersion == "gene-cell",
+            zero_inflation="zinb" in reconstruction_losses,
         )
         shared_theta = with_theta and dispersion != "gene-cell"
         self.dispersion = Dispersion(dispersion, total_genes, n_batch, n_labels) if shared_theta else None
@@ -303,6 +298,15 @@ dropout_rate_decoder
     def likelihood(self) -> object:
         """The same as a function."""
         return LIKELIHOODS[self.reconstruction_loss]
+
+    @property
+    def heads(self) -> dict[str, object]:
+        """What the decoder says of its cells."""
+        return {
+            "scale_activation": "softmax",
+            "gene_cell": self.has_theta and self.decoder.px_r_decoder is not None,
+            "zero_inflation": self.reconstruction_loss == "zinb",
+        }
 
     @property
     def genes(self) -> Tensor | None:

@@ -82,9 +82,9 @@ def get_likelihood_parameters(
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices)
     module = fitted.module
-    per_gene = module.dispersion is not None and module.dispersion.column is None
+    per_gene = module.has_theta and module.dispersion is not None and module.dispersion.column is None
     has_dropout = module.heads["zero_inflation"]
-    per_cell_theta = not per_gene and (module.dispersion is not None or module.heads["gene_cell"])
+    per_cell_theta = module.has_theta and not per_gene
     names = [fitted.keys.mean]
     names += [fitted.keys.dropout] if has_dropout else []
     names += [fitted.keys.dispersion] if per_cell_theta else []
