@@ -376,6 +376,10 @@ OTHER_VALUES = {
     "protein_efficiency": [True],
     "protein_weight": [2.0],
     "adversarial_classifier": ["on"],
+    "zero_inflation": ["gene-batch", "gene-label", "gene-cell"],
+    "alpha_prior": [0.3],
+    "beta_prior": [0.8],
+    "minimal_dropout": [0.2],
 }
 
 
@@ -446,12 +450,12 @@ def test_a_keyword_of_one_model_is_unknown_to_another(registered):
         (
             {"model": "SCVI"},
             ValueError,
-            r"model='SCVI' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'totalvi', 'vaec'",
+            r"model='SCVI' is not one of 'autozi', 'classifier', 'gimvi', 'ldvae', 'scanvi', 'scvi', 'totalvi', 'vaec'",
         ),
         (
             {"model": "linear_scvi"},
             ValueError,
-            r"model='linear_scvi' is not one of 'classifier', 'ldvae', 'scanvi', 'scvi', 'totalvi', 'vaec'\.",
+            r"model='linear_scvi' is not one of 'autozi', 'classifier', 'gimvi', 'ldvae', .*, 'vaec'\.",
         ),
         ({"key_added": "a/b"}, ValueError, r"key_added='a/b' must be a name, not"),
         ({"key_added": ""}, ValueError, r"key_added='' must be a name"),
