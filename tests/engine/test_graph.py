@@ -86,6 +86,15 @@ def fake_cuda(monkeypatch):
     return make_runner
 
 
+def fitted_jointly(make_counts, **options):
+    datasets = {"rna": make_counts()[:, 5:].copy(), "spatial": make_counts(n_cells=30, seed=5)[:, :20].copy()}
+    for adata in datasets.values():
+        sx.pp.setup_anndata(adata, batch_key="batch")
+    options = {"max_epochs": 3, "dim_hidden_encoder": 8, "n_latent": 2, "batch_size": 16} | options
+    sx.tl.fit(datasets, "gimvi", **options)
+    return datasets["spatial"].uns["scvi_ext"]["fits"]["gimvi"]
+
+
 def fitted(make_counts, model="scvi", **options):
     adata = make_counts()
     proteins = np.random.default_rng(0).poisson(9.0, (adata.n_obs, 5))
@@ -97,11 +106,23 @@ def fitted(make_counts, model="scvi", **options):
     return adata.uns["scvi_ext"]["fits"][model]
 
 
-@pytest.mark.parametrize("options", [{}, {"early_stopping": 2}, {"library": "latent"}, {"model": "totalvi"}], ids=str)
-def test_a_captured_run_is_the_run_step_by_step(make_counts, monkeypatch, fake_cuda, options):
-    one_by_one = fitted(make_counts, **options)
+@pytest.mark.parametrize(
+    ("fit", "options"),
+    [
+        (fitted, {}),
+        (fitted, {"early_stopping": 2}),
+        (fitted, {"library": "latent"}),
+        (fitted, {"model": "totalvi"}),
+        (fitted_jointly, {}),
+        (fitted_jointly, {"fool_step": "separate", "model_library_bools": (True, False)}),
+        (fitted_jointly, {"kappa_fades": True, "early_stopping": 2}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
+)
+def test_a_captured_run_is_the_run_step_by_step(make_counts, monkeypatch, fake_cuda, fit, options):
+    one_by_one = fit(make_counts, **options)
     monkeypatch.setattr("scvi_ext.engine.fit.make_runner", fake_cuda)
-    captured = fitted(make_counts, **options)
+    captured = fit(make_counts, **options)
     for name, values in one_by_one["state"].items():
         np.testing.assert_array_equal(captured["state"][name], values, err_msg=name)
     costs = [c for c in one_by_one["history"] if c != "cells_per_second"]
