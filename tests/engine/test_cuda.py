@@ -103,6 +103,25 @@ def test_a_captured_step_is_the_step_to_the_last_bit(model, options, monkeypatch
         np.testing.assert_array_equal(captured[name], values, err_msg=name)
 
 
+@pytest.mark.parametrize("options", [{}, {"fool_step": "separate", "model_library_bools": (True, False)}], ids=str)
+def test_a_captured_step_of_several_data_sets_is_the_step_to_the_last_bit(options, monkeypatch):
+    def state():
+        datasets = [sx.datasets.synthetic_iid(n_cells_batch=n, n_genes=80, n_proteins=0, seed=n) for n in (155, 30)]
+        datasets = {"rna": datasets[0][:, 10:].copy(), "spatial": datasets[1][:, :40].copy()}
+        for adata in datasets.values():
+            sx.pp.setup_anndata(adata, batch_key="batch")
+        sx.tl.fit(datasets, "gimvi", max_epochs=7, batch_size=32, device="cuda", seed=3, **options)
+        return datasets["spatial"].uns["scvi_ext"]["fits"]["gimvi"]["state"]
+
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    captured = state()
+    monkeypatch.setattr(graph, "_captured", refuse)
+    for name, values in state().items():
+        np.testing.assert_array_equal(captured[name], values, err_msg=name)
+
+
 def test_a_step_that_cannot_be_captured_is_run_and_the_reason_logged(adata, monkeypatch):
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing")
