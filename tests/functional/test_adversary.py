@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.testing import assert_close
 
-from scvi_ext.functional.adversary import adversarial_loss
+from scvi_ext.functional.adversary import adversarial_loss, losses_by_cell
 
 B, L = 11, 4
 
@@ -80,3 +80,13 @@ def test_dropout_of_the_critic_may_differ_between_its_two_looks():
 def test_the_precision_is_that_of_the_critic(dtype):
     critic, z, classes = make(3)
     assert adversarial_loss(critic.to(dtype), z.to(dtype), classes, torch.tensor(0.5)).dtype == dtype
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+def test_losses_by_cell_average_to_those_that_are_trained_on(n_classes):
+    critic, z, classes = make(n_classes)
+    of_cells = [losses_by_cell(critic(z[i : i + 1]), own) for i, own in enumerate(classes.tolist())]
+    of_critic, fooling = (torch.cat(values) for values in zip(*of_cells, strict=True))
+    assert_close(of_critic.mean(), cross_entropy(critic(z), classes), **FLOAT64)
+    assert_close(fooling.mean(), fooled(critic, z, classes), **FLOAT64)
+    assert_close((of_critic + 0.4 * fooling).mean(), adversarial_loss(critic, z, classes, 0.4), **FLOAT64)
