@@ -146,8 +146,8 @@ def map_query(
     TypeError
         ``reference`` is none of these things.
     ValueError
-        The counts are no raw counts, values are missing, or the arguments contradict each other. Nothing has been
-        written then.
+        The counts are no raw counts, values are missing, the arguments contradict each other, or the fit joins several
+        data sets. Nothing has been written then.
     KeyboardInterrupt
         After the fit was written, if Ctrl-C was pressed (and ``copy=False``).
 
