@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scvi_ext.functional.sampling import sample_normal
 from scvi_ext.tl._datasets import check_critic, table_of_datasets
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def discriminator_confusion(
 
         def probabilities(cells: Minibatch, draws: Draws) -> tuple[torch.Tensor]:
             noise = draws.normal(len(cells.x), module.n_noise)[:, : module.n_latent]  # the samples of other read-outs
-            return (module.confusion(sample_normal(module.encode(cells), noise)).double(),)
+            return (module.confusion(module.watched(module.encode(cells), noise)).double(),)
 
         parts = fitted.map(probabilities, batch_size=batch_size, seed=seed)
         means = np.concatenate([part for _, (part,) in parts]).mean(axis=0)

@@ -6,7 +6,6 @@ import torch
 
 from scvi_ext.data.joint import position
 from scvi_ext.functional.adversary import losses_by_cell
-from scvi_ext.functional.sampling import sample_normal
 from scvi_ext.tl._datasets import table_of_datasets
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def loss_magnitude(
             loss = module.loss(cells, noise=noise)
             columns = [loss.reconstruction, loss.kl_z, loss.kl_library]
             if module.critic is not None:
-                z = sample_normal(module.encode(cells), noise[:, : module.n_latent])
+                z = module.watched(module.encode(cells), noise[:, : module.n_latent])
                 of_critic, fooling = losses_by_cell(module.critic(z), own)
                 columns += [module.kappa * fooling, of_critic]
             return (torch.stack(columns, dim=-1).double(),)

@@ -225,14 +225,9 @@ def _check_genes(store: JointStore) -> None:
 
 
 def _with_defaults(config: Any, store: JointStore) -> Any:
-    """Zero inflation for data sets that have genes of their own, as sequencing has; none for panels of genes."""
+    """The same likelihood and library for every data set where none were named."""
     if config.reconstruction_losses is None:
-        counted = np.bincount(np.concatenate(store.genes), minlength=store.n_genes)
-        has_own = [
-            part.n_genes == store.n_genes or bool((counted[g] == 1).any())
-            for part, g in zip(store.stores, store.genes, strict=True)
-        ]
-        config = replace(config, reconstruction_losses=tuple("zinb" if own else "nb" for own in has_own))
+        config = replace(config, reconstruction_losses=("nb",) * len(store.stores))
     if config.model_library_bools is None:
         config = replace(config, model_library_bools=(False,) * len(store.stores))
     return config
