@@ -309,10 +309,11 @@ def best_of(genes: pd.DataFrame) -> pd.DataFrame:
         table = genes.groupby(["pair", "gene", "method"], sort=False)[measure].mean().unstack("method").dropna(axis=1)
         ours = table.pop("scvi_ext")
         by_pair = table.lt(ours, axis=0).groupby(level="pair", sort=False)
-        tables.append(by_pair.sum().assign(measure=measure, genes=by_pair.size()).set_index("measure", append=True))
-    table = pd.concat(tables).reset_index()
-    numbers = table.columns.drop(["pair", "measure"])
-    return table.astype({name: "Int64" for name in numbers})
+        better = by_pair.sum().astype(object)  # the depth has no shares
+        better.insert(0, "measure", measure)
+        better.insert(1, "genes", by_pair.size())
+        tables.append(better.reset_index())
+    return pd.concat(tables).fillna("")
 
 
 if __name__ == "__main__":
