@@ -242,13 +242,13 @@ dropout_rate_decoder
         return self._loss([(m, cells) for m, cells in enumerate(datasets) if cells is not None], kl_weight, noise)
 
     def _loss(self, parts: list[tuple[int, Minibatch]], kl_weight: Tensor | float, noise: Tensor | None) -> Loss:
-        found = [self._of_cells(mode, cells, noise) for mode, cells in parts]
-        reconstruction, kl_z, kl_library, _ = (torch.cat(values) for values in zip(*found, strict=True))
+        posteriors, losses = zip(*(self._of_cells(mode, cells, noise) for mode, cells in parts), strict=True)
+        reconstruction, kl_z, kl_library = (torch.cat(values) for values in zip(*losses, strict=True))
         total = (reconstruction + kl_weight * (kl_z + kl_library)).mean()
         if self.critic is not None and self.training and not self.fools_before:
-            total = total + self._adversarial(
-                [(mode, watched) for (mode, _), (*_, watched) in zip(parts, found, strict=True)], kl_weight
-            )
+            blur = None if noise is None else noise[:, : self.n_latent]
+            watched = [(mode, self.watched(qz, blur)) for (mode, _), qz in zip(parts, posteriors, strict=True)]
+            total = total + self._adversarial(watched, kl_weight)
         return Loss(total, reconstruction, kl_z, kl_library)
 
     def losses(self, *datasets: Minibatch, kl_weight: Tensor | float = 1.0) -> Iterator[Tensor | Loss]:
@@ -258,13 +258,15 @@ dropout_rate_decoder
             yield self._adversarial(watched, kl_weight)
         yield self.loss(*datasets, kl_weight=kl_weight)
 
-    def _of_cells(self, mode: int, cells: Minibatch, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-log p(x | z, l), both divergences, (B,) each, and what the critic sees of cells of one data set."""
+    def _of_cells(
+        self, mode: int, cells: Minibatch, noise: Tensor | None
+    ) -> tuple[Posterior, tuple[Tensor, Tensor, Tensor]]:
+        """q(z | x) of cells of one data set, and -log p(x | z, l) and both divergences, (B,) each."""
         with _speaking_of(self, mode):
             qz, ql = posteriors = self.posteriors(cells)
             z, log_library = self.draw(cells, posteriors, noise)
             kl_library = self.library.kl(ql, cells)
-            return -self.log_px(z, cells, log_library), kl_standard_normal(qz), kl_library, self.watched(qz)
+            return qz, (-self.log_px(z, cells, log_library), kl_standard_normal(qz), kl_library)
 
     def watched(self, qz: Posterior, noise: Tensor | None = None) -> Tensor:
         """What the critic sees of cells: the means of q(z | x), equally blurred, (B, L).

@@ -53,7 +53,7 @@ def summary_of(genes, n_genes, n_batch, means=None, variances=None) -> DataSumma
 
 
 def config(n: int, **options) -> Config:
-    layers = options.get("n_layers_decoder_individual", 0), options.get("n_layers_decoder_shared", 0)
+    layers = options.get("n_layers_decoder_individual", 0), options.get("n_layers_decoder_shared", 1)
     unused = set()
     if not layers[0] or layers == (1, 0):
         unused.add("dim_hidden_decoder_individual")
@@ -122,7 +122,9 @@ SINGLE = [
     {"n_layers_encoder_individual": 2},
     {"n_layers_encoder_shared": 2},
     {"n_layers_decoder_individual": 1},
-    {"n_layers_decoder_shared": 1},
+    {"n_layers_decoder_individual": 1, "n_layers_decoder_shared": 0},
+    {"n_layers_decoder_shared": 0},
+    {"n_layers_decoder_shared": 0, "dispersion": "gene-cell"},
     {"n_layers_decoder_individual": 2, "n_layers_decoder_shared": 2, "dispersion": "gene-cell"},
     {"log_variational": False},
     {"kappa": 0.0},
@@ -170,7 +172,8 @@ def test_config_is_what_the_constructor_takes():
     sizes |= {"library_log_means", "library_log_vars"}
     options = {f.name: f.default for f in fields(Config)}
     assert options.keys() | sizes == accepted.keys()
-    assert {k for k, v in options.items() if v != accepted[k]} == {"reconstruction_losses", "model_library_bools"}
+    differ = {name: value for name, value in options.items() if value != accepted[name]}
+    assert differ == {"reconstruction_losses": None, "model_library_bools": None, "n_layers_decoder_shared": 1}
 
 
 @pytest.mark.parametrize(
@@ -212,15 +215,18 @@ BAD = [
     ({"kappa": 0.0, "kappa_fades": True}, "kappa_fades=True has no effect with kappa=0: there is no critic."),
     ({"kappa": 0.0, "fool_step": "separate"}, "fool_step='separate' has no effect with kappa=0: there is no critic."),
     (
-        {"dim_hidden_decoder_shared": 64},
-        "dim_hidden_decoder_shared=64 has no effect with n_layers_decoder_individual=0",
+        {"dim_hidden_decoder_shared": 64, "n_layers_decoder_shared": 0},
+        "dim_hidden_decoder_shared=64 has no effect with n_layers_decoder_individual=0 and n_layers_decoder_shared=0.",
     ),
     ({"dim_hidden_decoder_individual": 64}, "dim_hidden_decoder_individual=64 has no effect with"),
     (
-        {"dim_hidden_decoder_individual": 64, "n_layers_decoder_individual": 1},
+        {"dim_hidden_decoder_individual": 64, "n_layers_decoder_individual": 1, "n_layers_decoder_shared": 0},
         "dim_hidden_decoder_individual=64 has no effect with n_layers_decoder_individual=1 and n_layers_decoder_shared",
     ),
-    ({"dropout_rate_decoder": 0.5}, "dropout_rate_decoder=0.5 has no effect with n_layers_decoder_individual=0 and"),
+    (
+        {"dropout_rate_decoder": 0.5, "n_layers_decoder_shared": 0},
+        "dropout_rate_decoder=0.5 has no effect with n_layers_decoder_individual=0 and",
+    ),
 ]
 
 
@@ -413,6 +419,12 @@ def test_loss_falls():
 # ---- the critic ----------------------------------------------------------------------------------------------------
 
 
+def watched_by_hand(module: JVAE, cells: list[Minibatch], draw=lambda loc: noise()[:, :L]) -> list[Tensor]:
+    """Means of q(z | x) with a noise of standard deviation 0.5."""
+    means = [module.encode(c, m).loc for m, c in enumerate(cells)]
+    return [loc + 0.5 * draw(loc) for loc in means]
+
+
 def by_hand(module: JVAE, z: list[Tensor], weight: float) -> Tensor:
     """Cross-entropy of the critic, and ``weight`` times that of believing in all other data sets alike."""
     z, truth = torch.cat(z), torch.arange(len(z)).repeat_interleave(B)
@@ -432,9 +444,7 @@ def test_in_training_the_critic_is_beside_the_elbo(n, options, weight):
     assert isinstance(loss, Loss)
     loss = module.loss(*cells, kl_weight=0.3, noise=noise())
     elbo = (loss.reconstruction + 0.3 * (loss.kl_z + loss.kl_library)).mean()
-    posteriors = [module.encode(c, m) for m, c in enumerate(cells)]
-    z = [q.loc + q.scale * noise()[:, :L] for q in posteriors]
-    assert_close(loss.total - elbo, by_hand(module, z, weight), **FLOAT64)
+    assert_close(loss.total - elbo, by_hand(module, watched_by_hand(module, cells), weight), **FLOAT64)
     evaluated = module.eval().loss(*cells, kl_weight=0.3, noise=noise())
     assert_close(evaluated.total, (evaluated.reconstruction + 0.3 * evaluated.kl_z).mean(), **FLOAT64)
 
@@ -457,7 +467,7 @@ def test_the_critic_learns_to_tell_and_the_encoder_to_hide(n):
         if name.startswith("decoder."):
             assert torch.equal(of_one, of_none)
     module.zero_grad()
-    z = [(q := module.encode(c, m)).loc + q.scale * noise()[:, :L] for m, c in enumerate(cells)]
+    z = watched_by_hand(module, cells)
     truth = torch.arange(n).repeat_interleave(B)
     cross_entropy(module.critic(torch.cat(z).detach()), truth).backward()
     for name, parameter in module.critic.named_parameters():
@@ -470,12 +480,33 @@ def test_fooling_can_take_a_step_of_its_own(n):
     torch.manual_seed(5)
     fooling, loss = module.losses(*cells, kl_weight=0.3)
     torch.manual_seed(5)
-    z = [(q := module.encode(c, m)).loc + q.scale * torch.randn_like(q.loc) for m, c in enumerate(cells)]
+    z = watched_by_hand(module, cells, torch.randn_like)
     assert_close(fooling, by_hand(module, z, 1.0), **FLOAT64)
     expected = (loss.reconstruction + 0.3 * (loss.kl_z + loss.kl_library)).mean()
     assert_close(loss.total, expected, **FLOAT64)
     fooling.backward()
     assert {name.partition(".")[0] for name, p in module.named_parameters() if moves(p)} == {"critic", "encoder"}
+
+
+def test_how_sure_a_posterior_is_tells_the_critic_nothing():
+    module, cells = trained(2), make_cells(2)
+    qz = module.encode(cells[0], 0)
+    sharp = Posterior(qz.loc, qz.scale / 100)
+    assert torch.equal(module.watched(sharp, noise()[:, :L]), module.watched(qz, noise()[:, :L]))
+    torch.manual_seed(3)
+    draws = torch.stack([module.watched(qz) for _ in range(2000)]) - qz.loc
+    # Of 2000 * 48 normal draws: the standard error of their mean, and of their standard deviation, which is 1/sqrt(2n).
+    assert draws.mean().abs() < N_STANDARD_ERRORS * 0.5 / np.sqrt(draws.numel())
+    assert abs(draws.std() - 0.5) < N_STANDARD_ERRORS * 0.5 / np.sqrt(2 * draws.numel())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_where_noise_is_given_nothing_else_is_drawn(mode):
+    module, cells = getattr(without_dropout(build(3)), mode)(), make_cells(3)
+    before = torch.get_rng_state()
+    first = module.loss(*cells, noise=noise())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(module.loss(*cells, noise=noise()).total, first.total)
 
 
 def test_with_one_data_set_or_no_kappa_there_is_no_critic():
@@ -603,7 +634,7 @@ def test_importance_weight_is_joint_over_posterior(n, options):
 
 
 def test_only_individual_layers_of_the_decoder_know_the_batch():
-    for options, sees in [({}, False), ({"n_layers_decoder_shared": 1}, False), (LAYERS, True)]:
+    for options, sees in [({}, False), ({"n_layers_decoder_shared": 0}, False), (LAYERS, True)]:
         module = speaking_of(trained(2, **options), 0)
         cells = make_cells(2)[0]
         z = module.encode(cells).loc
@@ -619,9 +650,31 @@ def test_batch_normalisation_knows_data_sets_apart():
     before = {name: value.clone() for name, value in module.state_dict().items()}
     module.loss(None, cells[1], None)
     changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed
-    for name in changed:
-        assert re.search(r"^encoder\.encoders\.1\.|encoder_shared\.layers\.0\.batch_norm\.1\.", name), name
+    layers = ("encoder.encoders.1.layers.0", "encoder.encoder_shared.layers.0", "decoder.px_decoder_final.layers.0")
+    own = [f"{layer}.batch_norm.{int('shared' in layer or 'final' in layer)}" for layer in layers]
+    moments = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{norm}.{moment}" for norm, moment in product(own, moments)}
+
+
+@pytest.mark.parametrize("options", [{}, LAYERS], ids=label)
+def test_cells_are_decoded_with_the_batch_normalisation_of_the_data_set_that_they_are_decoded_as(options):
+    module, cells = trained(3, **options), make_cells(3)[0]
+    z = speaking_of(module, 0).encode(cells).loc
+    before = [module.decode_joint(z, cells, k).scale for k in range(3)]
+    assert all(not torch.allclose(before[k], before[(k + 1) % 3]) for k in range(3))
+    for name, values in module.decoder.named_parameters():
+        if ".batch_norm.1." in name:
+            values += 0.5
+    after = [module.decode_joint(z, cells, k).scale for k in range(3)]
+    assert [torch.equal(one, two) for one, two in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_without_layers_a_gene_is_the_same_function_of_z_in_all_data_sets():
+    module, cells = trained(3, n_layers_decoder_shared=0), make_cells(3)[0]
+    z = speaking_of(module, 0).encode(cells).loc
+    ratios = [px.scale / px.scale[:, :1] for px in (module.decode_joint(z, cells, k) for k in range(3))]
+    assert_close(ratios[1], ratios[0], **FLOAT64)
+    assert_close(ratios[2], ratios[0], **FLOAT64)
 
 
 @variants

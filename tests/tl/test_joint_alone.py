@@ -20,16 +20,14 @@ _FITTED: dict[str, ad.AnnData] = {}
 
 @pytest.fixture
 def joint(make_counts) -> dict[str, ad.AnnData]:
-    """Two data sets, of which the second has a latent library, with a fit that has the name "scvi"."""
+    """Two data sets with zero inflation, the second with a latent library, and a fit that has the name "scvi"."""
     if not _FITTED:
         rna, spatial = make_counts()[:, 5:].copy(), make_counts(n_cells=90, seed=5)[:, 19::-1].copy()
         sx.pp.setup_anndata(rna, batch_key="batch")
         sx.pp.setup_anndata(spatial, batch_key="sex")
         made = {"rna": rna, "spatial": spatial}
-        libraries = {"rna": False, "spatial": True}
-        sx.tl.fit(
-            made, "gimvi", key_added="scvi", n_layers_decoder_individual=1, model_library_bools=libraries, **QUICK
-        )
+        options = QUICK | {"n_layers_decoder_individual": 1, "reconstruction_losses": ("zinb", "zinb")}
+        sx.tl.fit(made, "gimvi", key_added="scvi", model_library_bools={"rna": False, "spatial": True}, **options)
         _FITTED.update(made)
     return {name: adata.copy() for name, adata in _FITTED.items()}
 
