@@ -65,14 +65,22 @@ _RENAMED_WEIGHTS = {
     r"\.fc_layers\.Layer (\d+)\.1\.": r".layers.\1.batch_norm.0.",
     r"\.px_scale_decoder\.0\.": ".px_scale_decoder.",
 }
-# Of the parts that their GIMVI passes on to its module, where those are not ours. The critic is not kept.
+# Of their GIMVI and its module, all of them: what a model is here by default says nothing of one that was made there.
 _DEFAULTS_OF_GIMVI = {
+    "generative_distributions": ("zinb", "nb"),
+    "model_library_size": (True, False),
+    "n_latent": 10,
+    "n_layers_encoder_individual": 1,
+    "n_layers_encoder_shared": 1,
     "dim_hidden_encoder": 64,
+    "n_layers_decoder_individual": 0,
+    "n_layers_decoder_shared": 0,
     "dim_hidden_decoder_individual": 64,
     "dim_hidden_decoder_shared": 64,
     "dropout_rate_encoder": 0.2,
     "dropout_rate_decoder": 0.2,
-    "kappa": 0.0,
+    "dispersion": "gene-batch",
+    "log_variational": True,
 }
 _DATASETS_OF_GIMVI = ("seq", "spatial")
 _RENAMED_WEIGHTS_OF_GIMVI = {
@@ -281,19 +289,18 @@ def _config_of_gimvi(parameters: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(parameters["non_kwargs"])
     for further in parameters["kwargs"].values():
         options |= further
-    likelihoods = options.pop("generative_distributions") or ("zinb", "nb")
-    latent = options.pop("model_library_size") or (True, False)
     options.pop("n_labels", None)  # their module has labels for a dispersion only, which is refused below
-    defaults = asdict(models.get("gimvi").config()) | _DEFAULTS_OF_GIMVI
-    unknown = options.keys() - defaults.keys()
+    unknown = options.keys() - _DEFAULTS_OF_GIMVI.keys()
     if unknown or options.get("dispersion") == "gene-label":
         option = min(unknown) if unknown else "dispersion"
         msg = f"The model was made with {option}={options[option]!r}, an option that 'gimvi' does not have here."
         raise ValueError(msg)
-    config = defaults | options
+    config = _DEFAULTS_OF_GIMVI | {option: value for option, value in options.items() if value is not None}
+    likelihoods, latent = config.pop("generative_distributions"), config.pop("model_library_size")
+    # Defaults for options that change nothing in this combination: ignored there, refused here. The critic is not kept.
+    ours = asdict(models.get("gimvi").config()) | {"kappa": 0.0, "kappa_fades": False, "fool_step": "joint"}
+    config = ours | config
     config["reconstruction_losses"], config["model_library_bools"] = tuple(likelihoods), tuple(map(bool, latent))
-    # Defaults for options that change nothing in this combination: ignored there, refused here.
-    ours = asdict(models.get("gimvi").config())
     individual, shared = config["n_layers_decoder_individual"], config["n_layers_decoder_shared"]
     has_effect = {
         "dim_hidden_decoder_individual": individual > 1 or (individual and shared),
