@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from scvi_ext._contract import LABELLED, Capability, Loss, ModelSpec
-from scvi_ext._errors import one_of
+from scvi_ext._errors import one_of, whole_number
 from scvi_ext.functional.labels import check_labels, cross_entropy
 from scvi_ext.nn.classifier import Classifier
 
@@ -72,6 +72,8 @@ class CellClassifier(nn.Module):
     ):
         super().__init__()
         one_of("classifies", classifies, ("counts", "z", "z_library"))
+        for name, size in {"n_hidden": n_hidden, "n_layers": n_layers}.items():
+            whole_number(name, size, 1)
         check_labels("classifier", n_labels)
         if (classifies == "counts") != (frozen is None):
             found = "there is no fitted model to make that of" if frozen is None else "a fitted model has no effect"

@@ -300,14 +300,14 @@ def _check_labels(
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
-    """Raise a TypeError unless ``value`` is of the kind of the option's default."""
+    """Raise a TypeError unless ``value`` is of the kind of the option's default. The model knows its least size."""
     if isinstance(default, bool | str):
         if not isinstance(value, type(default)):
             expected = "True or False" if isinstance(default, bool) else "a name"
             msg = f"{name}={value!r} is a {type(value).__name__}; {expected} is needed."
             raise TypeError(msg)
     elif isinstance(default, int):
-        whole_number(name, value, min(default, 1))
+        whole_number(name, value, 0)
     else:
         number(name, value)
 

@@ -80,6 +80,8 @@ def test_minibatches_do_not_change_predictions():
             {"classifies": "z", "frozen": build("scvi"), "log_variational": False},
             "log_variational=False has no effect on classifies='z'",
         ),
+        ({"n_hidden": 0}, "n_hidden=0 must be 1 or more"),
+        ({"n_layers": 0}, "n_layers=0 must be 1 or more"),
         ({"classifies": "latent"}, "classifies='latent' is not one of 'counts', 'z', 'z_library'"),
     ],
 )

@@ -242,14 +242,17 @@ def test_each_knows_all_data_sets_and_which_one_it_is(pair):
         assert [int(joint["batches"][str(i)]) for i in (0, 1)] == [3, 2]
         assert list(saved(adata)["var_names"]) == list(adata.var_names)
         assert saved(adata)["setup"]["batch_key"] == {"rna": "batch", "spatial": "sex"}[name]
-    assert list(saved(rna)["config"]["reconstruction_losses"]) == ["zinb", "zinb"]  # both have genes of their own
     assert sx.get.fits(spatial).loc["gimvi", "genes"] == 20
 
 
-def test_a_panel_of_genes_has_no_zero_inflation_by_default(pair):
-    pair["spatial"] = pair["spatial"][:, :15].copy()  # all of them are in the other
+@pytest.mark.parametrize("n_genes", [20, 15], ids=["genes of its own", "all of them are in the other"])
+def test_likelihood_and_library_are_the_same_in_all_data_sets_by_default(pair, n_genes):
+    pair["spatial"] = pair["spatial"][:, :n_genes].copy()
     fit(pair)
-    assert list(saved(pair["rna"])["config"]["reconstruction_losses"]) == ["zinb", "nb"]
+    for adata in pair.values():
+        assert list(saved(adata)["config"]["reconstruction_losses"]) == ["nb", "nb"]
+        assert list(saved(adata)["config"]["model_library_bools"]) == [False, False]
+    assert "decoder.px_dropout_decoder.weight" not in saved(pair["rna"])["state"]
 
 
 def test_the_same_seed_gives_the_same_fit_and_another_one_another(pair):
@@ -301,14 +304,14 @@ def test_the_names_of_the_data_sets_do_not_matter(pair):
 
 
 OTHER_VALUES = {
-    "reconstruction_losses": [{"rna": "nb", "spatial": "nb"}, ("zinb", "poisson")],
+    "reconstruction_losses": [{"spatial": "nb", "rna": "zinb"}, ("nb", "poisson")],
     "model_library_bools": [{"spatial": True, "rna": False}, (True, False)],
     "n_latent": [3],
     "n_layers_encoder_individual": [2],
     "n_layers_encoder_shared": [2],
     "dim_hidden_encoder": [9],
     "n_layers_decoder_individual": [1],
-    "n_layers_decoder_shared": [1],
+    "n_layers_decoder_shared": [0, 2],
     "dim_hidden_decoder_individual": [7],
     "dim_hidden_decoder_shared": [7],
     "dropout_rate_encoder": [0.0, 0.5],
