@@ -199,13 +199,21 @@ class AutoZIVAE(CountVAE):
 
     def prior(self) -> tuple[Tensor, Tensor]:
         """alpha and beta of p(delta), broadcastable to those of :meth:`zero_inflation_posterior`."""
-        return torch.sigmoid(self.alpha_prior_logit), torch.sigmoid(self.beta_prior_logit)
+        return self._of_all_cells(self.alpha_prior_logit), self._of_all_cells(self.beta_prior_logit)
 
     def zero_inflation_posterior(self) -> tuple[Tensor, Tensor]:
         """a and b of q(delta), shape (G,), (K, G) by batch or (C, G) by label; of gene-cell the prior, shape (1,)."""
         if self.alpha_posterior_logit is None:
             return self.prior()
-        return torch.sigmoid(self.alpha_posterior_logit), torch.sigmoid(self.beta_posterior_logit)
+        return self._of_all_cells(self.alpha_posterior_logit), self._of_all_cells(self.beta_posterior_logit)
+
+    def _of_all_cells(self, logit: Tensor) -> Tensor:
+        """Its sigmoid, the gradient that of the sum over all cells rather than of their mean.
+
+        What one cell says of delta is little, and would be below the epsilon of Adam, which holds small gradients back.
+        """
+        fixed = logit.detach()
+        return torch.sigmoid(fixed + self.n_train * (logit - fixed))
 
     def draw_shared(self, rng: np.random.Generator | None = None) -> Tensor | None:
         """A sample of logit(delta), of the shape of its posterior; None where each count has its own."""
@@ -359,5 +367,9 @@ SPEC = ModelSpec(
     needs=needs,
     streams=(Stream("cells", parts=(*ELBO, KL_GLOBAL)),),
     capabilities=frozenset({Capability.COUNTS, Capability.ZERO_INFLATION}),
+    # Twice the usual steps' length, and half as many steps again: q(delta) has a way to go.
+    peak_lr=4e-2,
+    effort=10.0,
+    most_epochs=60,
     reference="Clivio et al. (2019), Detecting zero-inflated genes in single-cell transcriptomics data, bioRxiv.",
 )
