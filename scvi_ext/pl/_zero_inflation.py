@@ -118,7 +118,7 @@ def _panel(ax: Axes, table: pd.DataFrame, n_names: int) -> object:
     if len(counted):
         means = np.geomspace(counted["mean_count"].min(), counted["mean_count"].max(), 200)
         ax.plot(means, np.exp(-means), color="gray", linewidth=1, linestyle="--", zorder=0)
-    height = np.inf
+    height = 1.0  # names stay below the title
     for gene in counted[counted["called"]].nlargest(n_names, "share").sort_values("zeros")[::-1].itertuples():
         height = min(gene.zeros + _NAME_HEIGHT, height - _NAME_HEIGHT)  # names do not lie on each other
         ax.annotate(
