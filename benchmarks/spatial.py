@@ -7,12 +7,16 @@ the file), one of which is reduced to 60 genes. These are among the 400 most var
 were found in more than 5 % of the cells. In three folds, 20 of them are held out, each gene once, and imputed from the
 other 40. Cells without a count in these are left out, since scvi-tools takes none.
 
-Each held-out gene is compared with what was measured by Spearman's correlation over cells: the mean count that is
-imputed, at the cell's own depth, with counts ("counts"), and the share of all genes of the other data set with counts
-divided by the cell's total ("shares"). Prints markdown tables: the mean over genes in each fold and in all, and in how
-many genes ours follows what was measured better than each other method. With --genes every gene is written to a file,
-one row each. Of the common latent space: "mixing", the entropy of the data sets among 50 neighbours as a share of that
-of all cells, and where cell types are known mixing within them and their silhouette.
+Each held-out gene is compared with what was measured, over cells: "counts", Spearman's correlation of the mean count at
+the cell's own depth with counts; "shares", of the share of all genes of the other data set with counts divided by the
+cell's total; "found", the area under the ROC curve, how well the mean count tells cells in which the gene was found.
+Ranks reward zeros that are imputed where most counts are zero, as by neighbours none of which has the gene; the area
+does not.
+
+Prints markdown tables: means over genes in all folds and in each, and in how many genes ours is better than each other
+method. With --genes every gene is written to a file, one row each. Of the common latent space: "mixing", the entropy of
+the data sets among 50 neighbours as a share of that of all cells, and where cell types are known mixing within them and
+their silhouette.
 
 Baselines: the nearest cells of the other data set by the 40 genes (log-normalised; metrics.arrays
 .proximity_imputation), and the depth alone, which is the same mean profile for all cells: its shares are constant, and
@@ -48,6 +52,7 @@ from _common import (
     silhouette,
 )
 from scipy.stats import entropy
+from sklearn.metrics import roc_auc_score
 
 import scvi_ext as sx
 
@@ -64,6 +69,7 @@ PAIRS = {
 }
 N_PANEL, N_FOLDS = 60, 3
 N_NEIGHBORS = (4, 50)  # 4 is the number of Lopez et al. (2019)
+MEASURES = ["counts", "shares", "found"]
 N_MIXED = 50  # neighbours among which data sets are to mix
 
 
@@ -107,7 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of our fits")
     parser.add_argument("--reference-seeds", nargs="*", type=int, default=[0], help="scvi-tools takes long")
     parser.add_argument("--max-epochs", type=int, help="of our fits, for a trial; by default the plan's own")
-    parser.add_argument("--genes", type=Path, metavar="FILE", help="write the correlation of every gene, as CSV")
+    parser.add_argument("--genes", type=Path, metavar="FILE", help="write the measures of every gene, as CSV")
     add_cache(parser)
     arguments = parser.parse_args()
 
@@ -121,10 +127,10 @@ def main() -> None:
                 fit_ours(task, 0, 1)  # so that imports and compilation do not count
             for method, seed, imputed in impute(task, arguments):
                 run = {"pair": pair, "fold": fold, "method": method, "seed": seed}
-                correlations = judge(task, imputed)
-                means = {name: np.mean(values) for name, values in correlations.items()}
+                of_genes = judge(task, imputed)
+                means = {name: pd.Series(values).mean() for name, values in of_genes.items()}
                 runs.append(run | means | judge_latent(task, imputed.latent) | {"CPU seconds": imputed.cpu_seconds})
-                genes.append(pd.DataFrame(run | {"gene": task.genes} | correlations))
+                genes.append(pd.DataFrame(run | {"gene": task.genes} | of_genes))
                 say(runs[-1])
     genes = pd.concat(genes)
     if arguments.genes is not None:
@@ -265,11 +271,16 @@ def by_depth(task: Task) -> Imputed:
 
 
 def judge(task: Task, imputed: Imputed) -> dict[str, np.ndarray]:
-    """Correlations of every gene; NaN where nothing varies."""
+    """Of every gene; NaN where nothing varies."""
     correlation = sx.metrics.arrays.imputation_correlation
+    found = task.measured > 0
+    varies = found.any(0) & ~found.all(0)
     return {
         "counts": correlation(imputed.counts, task.measured),
         "shares": correlation(imputed.shares, task.measured / task.total[:, None]),
+        "found": np.array(
+            [roc_auc_score(found[:, i], imputed.counts[:, i]) if varies[i] else np.nan for i in range(len(task.genes))]
+        ),
     }
 
 
@@ -299,31 +310,32 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_fold(runs: pd.DataFrame) -> pd.DataFrame:
-    """Correlations of each fold, "counts, shares", means over seeds."""
-    means = runs.groupby(["pair", "fold", "method"], sort=False)[["counts", "shares"]].mean()
+    """The measures of each fold, one after the other, means over seeds."""
+    means = runs.groupby(["pair", "fold", "method"], sort=False)[MEASURES].mean()
     cells = means.apply(lambda row: ", ".join(f"{value:.3f}" for value in row.dropna()), axis=1)
     return cells.unstack("method")[list(runs["method"].unique())].reset_index()
 
 
 def by_gene(genes: pd.DataFrame) -> pd.DataFrame:
-    """Genes x correlations by method, means over seeds."""
-    table = genes.groupby(["pair", "fold", "gene", "method"], sort=False)[["counts", "shares"]].mean().unstack("method")
+    """Genes x measures by method, means over seeds."""
+    table = genes.groupby(["pair", "fold", "gene", "method"], sort=False)[MEASURES].mean().unstack("method")
     table.columns = [f"{method}, {measure}" for measure, method in table.columns]
     return table
 
 
 def best_of(genes: pd.DataFrame) -> pd.DataFrame:
-    """In how many genes ours correlates more than each other method, means over seeds."""
+    """In how many genes ours is better than each other method, means over seeds."""
     tables = []
-    for measure in ("counts", "shares"):
-        table = genes.groupby(["pair", "gene", "method"], sort=False)[measure].mean().unstack("method").dropna(axis=1)
+    for measure in MEASURES:
+        table = genes.groupby(["pair", "gene", "method"], sort=False)[measure].mean().unstack("method")
+        table = table.dropna(axis=1, how="all").dropna()  # the shares of depth alone; a gene that every cell has
         ours = table.pop("scvi_ext")
         by_pair = table.lt(ours, axis=0).groupby(level="pair", sort=False)
         better = by_pair.sum().astype(str)
         better.insert(0, "measure", measure)
         better.insert(1, "genes", by_pair.size())
         tables.append(better.reset_index())
-    return pd.concat(tables).fillna("")  # the shares of depth alone correlate with nothing
+    return pd.concat(tables).fillna("")
 
 
 if __name__ == "__main__":
