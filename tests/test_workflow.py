@@ -177,6 +177,17 @@ def test_the_second_example_of_the_readme():
     assert foreground.to_numpy()[~on_cells.to_numpy()].mean() < 0.3
 
 
+def test_the_third_example_of_the_readme():
+    _, _, third = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    names: dict[str, object] = {"sx": sx}
+    exec(compile(third, "README.md", "exec"), names)
+    rna, imputed = names["rna"], names["spatial"].obsm["gimvi_imputed"]
+    assert list(imputed) == list(rna.var_names[100:])
+    measured = sc.pp.normalize_total(rna, target_sum=1e4, copy=True)[:, 100:].X.toarray()
+    correlation = np.corrcoef(np.log1p(imputed).mean(), np.log1p(measured).mean(0))[0, 1]
+    assert correlation > 0.9
+
+
 def test_real_counts_of_a_shared_file(shared_data):
     adata = sc.read_h5ad(shared_data / "pbmc3k.h5ad")
     sc.pp.filter_genes(adata, min_cells=300)

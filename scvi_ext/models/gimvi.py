@@ -8,10 +8,11 @@ Generative process of cell n of data set m, for the genes :math:`G_m` that were 
     l_n \sim N(m_{batch}, v_{batch}) \text{ or the log of the total over } G_m \\
     x_{ng} &\sim \mathrm{ZINB}(e^{l_n} \rho_{ng}^m,\; \theta_{g,batch},\; \pi_{ng}) \text{ or NB or Poisson}
 
-with a likelihood for each data set. Without layers in the decoder f is the identity, and genes are linear in z but for
-the softmax. Inference network: layers of each data set, then shared ones, :math:`q(z_n \mid x_n, m)`. A critic watches
-z and tells data sets from it; z is asked to leave it in the dark. Of a gene that was not measured in a cell,
-:math:`\rho_{ng}^m` is the imputation.
+with a likelihood for each data set. Layers of f have a batch normalisation for each data set, that of the one that a
+cell is decoded as; without layers f is the identity, and genes are linear in z but for the softmax. Inference network:
+layers of each data set, then shared ones, :math:`q(z_n \mid x_n, m)`. A critic watches the means of z and tells data
+sets from them; they are asked to leave it in the dark. Of a gene that was not measured in a cell, :math:`\rho_{ng}^m`
+is the imputation.
 
 Where we differ from scvi-tools: there are any number of data sets, none of which needs to have all genes; batch
 normalisation of shared layers knows data sets apart when the model is used as it does in training; the critic sees

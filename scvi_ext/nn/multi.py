@@ -86,7 +86,7 @@ class MultiEncoder(nn.Module):
 class MultiDecoder(nn.Module):
     """The decoder of several data sets: layers conditioned on data set and batch, shared ones, and linear maps.
 
-    Without layers, the default of gimVI, the logits of the profile are linear in z.
+    Without layers the logits of the profile are linear in z.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class MultiDecoder(nn.Module):
     n_cat_list
         Number of categories of each categorical covariate, which the conditioned layers see.
     n_heads
-        Number of data sets: the conditioned layers have a batch normalisation for each.
+        Number of data sets: all layers have a batch normalisation for each.
     gene_cell, zero_inflation
         Whether there are maps for an inverse dispersion per gene and cell, and for dropout.
     """

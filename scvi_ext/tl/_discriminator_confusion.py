@@ -30,7 +30,7 @@ def discriminator_confusion(
 
     The critic has learned to tell data sets from z, which was trained to leave it in the dark. Where it still can,
     data sets lie apart, and imputation from one to the other is not to be trusted. Cells are looked at as in
-    training, at one sample of q(z | x) each.
+    training, at the mean of q(z | x) and a noise of standard deviation 0.5 around it.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def discriminator_confusion(
     batch_size
         Cells per forward pass; results do not depend on it.
     seed
-        Of the samples.
+        Of the noise.
     key_added
         Slot to write, ``"<key>_discriminator_confusion"`` by default.
     copy

@@ -53,7 +53,8 @@ def impute(
         Names of genes that any data set has measured, those of ``adata`` too. By default all that it has not measured.
     decode_mode
         The data set that cells are decoded as: the profile sums to 1 over the genes that were measured there. By
-        default that of ``adata``. Where the decoder sees the batch, another one's batches are averaged.
+        default that of ``adata``. Layers of the decoder normalise as they do for cells of that data set; where they see
+        the batch, another one's batches are averaged.
     library_size
         Counts that the profile is scaled to, over the genes of ``decode_mode``; 1 for the profile itself. Or
         ``"latent"`` for the cell's own (observed or inferred): mean counts, before zero inflation, at its own depth.

@@ -29,8 +29,9 @@ def loss_magnitude(
 ) -> AnnData | dict[str, AnnData] | None:
     """The parts of the loss of a joint fit in each data set, beside each other: which of them outweighs the others.
 
-    Means over all cells of a data set, in nats, at one posterior sample each and without any warm-up. The values of
-    each cell are in :func:`~scvi_ext.tl.get_reconstruction_error` and :func:`~scvi_ext.tl.get_elbo`.
+    Means over all cells of a data set, in nats and without any warm-up: the ELBO at one posterior sample each, losses
+    of the critic and of fooling it at the blurred mean of z that it sees. The parts of the ELBO of each cell are
+    in :func:`~scvi_ext.tl.get_reconstruction_error` and :func:`~scvi_ext.tl.get_elbo`.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def loss_magnitude(
     batch_size
         Cells per forward pass; results do not depend on it.
     seed
-        Of the samples.
+        Of samples and noise.
     key_added
         Slot to write, ``"<key>_loss_magnitude"`` by default.
     copy
