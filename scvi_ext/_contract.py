@@ -67,7 +67,7 @@ class Loss(NamedTuple):
     total: Tensor  # () what the optimiser minimises, at the current KL weight
     reconstruction: Tensor | None  # (B,) -log p(x | z)
     kl_z: Tensor | None  # (B,) KL(q || p) of all other latent variables, warmed up
-    kl_library: Tensor | None  # (B,) KL(q(l) || p(l)), never warmed up
+    kl_library: Tensor | None  # (B,) KL(q(l) || p(l)), never warmed up (but in gimVI)
     classification: Tensor | None = None  # (cells of the labelled stream,) -log q(y), no part of the ELBO
     kl_global: Tensor | None = None  # (B,) each cell's share of KL(q || p) of what all cells share, never warmed up
 
