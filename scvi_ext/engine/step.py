@@ -86,9 +86,7 @@ class TrainingStep:
         rows = self.rows.index_select(1, self.cursor).squeeze(1)
         lr, kl_weight = self.schedule.index_select(0, self.cursor).squeeze(0)
         self.lr.copy_(lr)
-        losses = self._losses(self.minibatches(rows), kl_weight)
-        while (next_loss := self._next(losses)) is not None:
-            loss = next_loss
+        for loss in self._losses(self.minibatches(rows), kl_weight):
             for parameter in self.parameters:
                 parameter.grad = None
             getattr(loss, "total", loss).backward()
@@ -96,17 +94,19 @@ class TrainingStep:
         self.sums += sums_of_parts(loss, self.parts)
         self.cursor += 1
 
-    def _losses(self, minibatches: Sequence[Minibatch], kl_weight: torch.Tensor) -> Iterator[Loss]:
-        """The loss of the module; of one that takes several steps in turn, all of them."""
+    def _losses(self, minibatches: Sequence[Minibatch], kl_weight: torch.Tensor) -> Iterator[torch.Tensor | Loss]:
+        """What the optimiser takes a step for: the loss of the module, or all that it has in turn, the loss last."""
         in_turn = getattr(self.module, "losses", None)
         if in_turn is None:
-            yield self.module.loss(*minibatches, kl_weight=kl_weight)
+            losses = (self.module.loss(*minibatches, kl_weight=kl_weight) for _ in range(1))
         else:
-            yield from in_turn(*minibatches, kl_weight=kl_weight)
-
-    def _next(self, losses: Iterator[Loss]) -> Loss | None:
-        with autocast(self.block.device, self.precision):
-            return next(losses, None)
+            losses = in_turn(*minibatches, kl_weight=kl_weight)
+        while True:
+            with autocast(self.block.device, self.precision):
+                loss = next(losses, None)
+            if loss is None:
+                return
+            yield loss
 
     def minibatches(self, rows: torch.Tensor) -> list[Minibatch]:
         """One for each stream; ``rows`` are positions, (streams, B)."""
