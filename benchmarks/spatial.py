@@ -10,8 +10,8 @@ other 40. Cells without a count in these are left out, since scvi-tools takes no
 Each held-out gene is compared with what was measured, over cells: "counts", Spearman's correlation of the mean count at
 the cell's own depth with counts; "shares", of the share of all genes of the other data set with counts divided by the
 cell's total; "found", the area under the ROC curve, how well the mean count tells cells in which the gene was found.
-Ranks reward zeros that are imputed where most counts are zero, as by neighbours none of which has the gene; the area
-does not.
+Ranks reward zeros that are imputed where most counts are zero, as by neighbours none of which has the gene; in the
+area a tie counts half.
 
 Prints markdown tables: means over genes in all folds and in each, and in how many genes ours is better than each other
 method. With --genes every gene is written to a file, one row each. Of the common latent space: "mixing", the entropy of
