@@ -144,10 +144,19 @@ class Fitted:
             floats_per_cell=floats_per_cell,
         )
 
-    def batch_codes(self, transform_batch: object) -> list[int | None]:
-        """Codes of the batches to decode in; ``[None]`` is each cell's own."""
+    def batch_codes(self, transform_batch: object, *, of_profile: bool = False) -> list[int | None]:
+        """Codes of the batches to decode in; ``[None]`` is each cell's own.
+
+        ``of_profile``: nothing but the normalised profile is decoded, which must then depend on the batch.
+        """
         if transform_batch is None:
             return [None]
+        if of_profile and not self.module.profile_sees_batch:
+            msg = (
+                f"A batch to decode in has no effect: in fit {self.fit.key!r} the profile of genes does not depend on "
+                "the batch."
+            )
+            raise ValueError(msg)
         if self.registry.batch_key is None:
             msg = f"transform_batch={transform_batch!r} has no meaning: fit {self.fit.key!r} knows no batches."
             raise ValueError(msg)
@@ -159,6 +168,10 @@ class Fitted:
         for batch in wanted:
             one_of("transform_batch", batch, self.registry.batch_categories)
         return [first_batch(self.fit) + self.registry.batch_categories.index(batch) for batch in wanted]
+
+    def batch_name(self, code: int) -> str:
+        """What the batch with this code is called."""
+        return self.registry.batch_categories[code - first_batch(self.fit)]
 
     def batch_code(self, transform_batch: object) -> int | None:
         """The same for what is decoded in one batch only: samples cannot be averaged."""

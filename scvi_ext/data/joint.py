@@ -147,6 +147,15 @@ def n_batches(registry: Registry) -> int:
     return max(1, len(registry.batch_categories))
 
 
+def trained_together(one: SavedFit, other: SavedFit) -> bool:
+    """Whether two data sets hold the same fit: options, run and weights."""
+    if (one.key, one.config, one.run, one.status) != (other.key, other.config, other.run, other.status):
+        return False
+    return one.state.keys() == other.state.keys() and all(
+        np.array_equal(array, other.state[name]) for name, array in one.state.items()
+    )
+
+
 def first_batch(fit: SavedFit) -> int:
     """What the batches of a fit's data set begin with, as the module numbers them."""
     return 0 if fit.joint is None else batches_of(fit, position(fit)).start

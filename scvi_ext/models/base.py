@@ -289,6 +289,11 @@ class CountVAE(nn.Module, ABC):
         return cells
 
     @property
+    def profile_sees_batch(self) -> bool:
+        """Whether the normalised profile of genes depends on the batch."""
+        return True
+
+    @property
     def likelihoods(self) -> tuple[str, ...]:
         """Names of all likelihoods of counts that it is trained with."""
         return (self.reconstruction_loss,)

@@ -155,7 +155,10 @@ dropout_rate_decoder
         nn.Module.__init__(self)  # its parts are those of several data sets
         n_heads = len(dim_input_list)
         every = np.arange(total_genes)
-        genes = [every[mapping if isinstance(mapping, slice) else np.asarray(mapping)] for mapping in indices_mappings]
+        genes = [every[m] if isinstance(m, slice) else np.asarray(m, dtype=np.int64) for m in indices_mappings]
+        for positions in genes:
+            outside = positions[(positions < 0) | (positions >= total_genes)]
+            _refuse(len(outside), f"indices_mappings name genes {outside[:3]} of {total_genes}: they count from 0.")
         of_each = {
             "indices_mappings": [len(g) for g in genes],
             "reconstruction_losses": reconstruction_losses,
@@ -164,6 +167,8 @@ dropout_rate_decoder
         for name, values in of_each.items():
             _refuse(len(values) != n_heads, f"{name} has {len(values)} entries; there are {n_heads} data sets.")
         _refuse(of_each["indices_mappings"] != list(dim_input_list), "indices_mappings do not fit dim_input_list.")
+        for positions in genes:
+            _refuse(len(np.unique(positions)) < len(positions), "indices_mappings name a gene twice.")
         for likelihood in reconstruction_losses:
             one_of("reconstruction_losses", likelihood, ("zinb", "nb", "poisson"))
         for latent in model_library_bools:
@@ -299,6 +304,11 @@ dropout_rate_decoder
     def reconstruction_loss(self) -> str:
         """The likelihood of the data set."""
         return self.reconstruction_losses[self._known_mode()]
+
+    @property
+    def profile_sees_batch(self) -> bool:
+        """Whether the decoder has individual layers, which alone see the batch."""
+        return self.decoder.px_decoder_conditioned is not None
 
     @property
     def likelihoods(self) -> tuple[str, ...]:

@@ -163,7 +163,8 @@ def carry_out(
     if batch_correction and len(fitted.registry.batch_categories) < 2:
         msg = f"batch_correction=True has no effect: fit {fitted.fit.key!r} knows one batch only."
         raise ValueError(msg)
-    batches = fitted.batch_codes(fitted.registry.batch_categories if batch_correction else transform_batch)
+    decoded_in = fitted.registry.batch_categories if batch_correction else transform_batch
+    batches = fitted.batch_codes(decoded_in, of_profile=True)
     if options.protein_pseudocount is not None and fitted.store.protein is None:
         msg = f"protein_pseudocount has no effect: fit {fitted.fit.key!r} ({fitted.fit.model!r}) has no proteins."
         raise ValueError(msg)
@@ -174,7 +175,7 @@ def carry_out(
     params |= {name: value for name, value in asdict(options).items() if value is not None}
     params |= {"pvals": "1 - proba_de", "pvals_adj": "expected false discovery rate", "n_decoded": n_decoded}
     if batches != [None]:
-        params["batches"] = np.array([fitted.registry.batch_categories[batch] for batch in batches])
+        params["batches"] = np.array([fitted.batch_name(batch) for batch in batches])
     of_genes = params if fitted.registry.layer is None else params | {"layer": fitted.registry.layer}
     genes, groups = fitted.fit.var_names, [comparison.group for comparison in comparisons]
     added = f"    {slot!r}, in the layout of sc.tl.rank_genes_groups, and a table (adata.uns)"

@@ -12,6 +12,7 @@ from scanpy import logging as logg
 from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import listing
+from scvi_ext.data.joint import trained_together
 from scvi_ext.data.registry import read_fit
 from scvi_ext.fitted import Fitted
 
@@ -86,7 +87,7 @@ def _check(datasets: Mapping[str, AnnData], key: str | None) -> None:
             raise ValueError(msg)
     first = next(iter(fits.values()))
     for name, fit in fits.items():
-        if (fit.key, fit.status) != (first.key, first.status):
+        if not trained_together(fit, first):
             msg = (
                 f"Data set {name!r} holds another fit than {first.joint['dataset']!r}: {fit.key!r} and {first.key!r} "
                 f"were not trained together. Name one that all of {listing(datasets)} share, key=..., or fit anew."

@@ -16,6 +16,7 @@ from scvi_ext._errors import listing, warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.data.sampler import split_cells
+from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine import fit as engine
 from scvi_ext.engine.checkpoint import module_arrays
 from scvi_ext.engine.device import check_precision, resolve_device, resolve_seed, seeded
@@ -164,6 +165,8 @@ def fit(
     asked = {k: v for k, v in locals().items() if k in _RUN_ARGUMENTS and v != _DEFAULTS[k]} | model_params
     check_datasets(adata, models.get(model))
     several = isinstance(adata, Mapping)
+    for part in adata.values() if several else ():
+        check_in_memory(part, copy=copy)
     if copy:
         adata = {name: part.copy() for name, part in adata.items()} if several else adata.copy()
     target = resolve_device(device)

@@ -125,7 +125,7 @@ def get_normalized_expression(
     place = "layers" if gene_list is None else "obsm"
     slot = fitted.slot(place, fitted.keys.normalized, key_added)
     module = fitted.module
-    batches = fitted.batch_codes(transform_batch)
+    batches = fitted.batch_codes(transform_batch, of_profile=True)
     genes = fitted.gene_positions(gene_list)
     columns = slice(None) if genes is None else torch.from_numpy(genes)
 

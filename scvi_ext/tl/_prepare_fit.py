@@ -49,12 +49,18 @@ _RENAMED = {
 _RENAMED_OPTIONS = {
     "dispersion": ("gene_dispersion",),
     "dropout_rate": ("dropout_rate_encoder",),
+    "generative_distributions": ("reconstruction_losses",),
+    "library": ("model_library_bools",),
+    "model_library_size": ("model_library_bools",),
+    "n_hidden": ("dim_hidden_encoder",),
+    "n_layers": ("n_layers_encoder_shared",),
+    "use_observed_lib_size": ("model_library_bools",),
     "empirical_protein_background_prior": ("protein_background",),
     "gene_dispersion": ("dispersion",),
-    "gene_likelihood": ("reconstruction_loss", "reconstruction_loss_gene"),
+    "gene_likelihood": ("reconstruction_loss", "reconstruction_loss_gene", "reconstruction_losses"),
     "n_layers_decoder": ("n_layers",),
     "pro_recons_weight": ("protein_weight",),
-    "reconstruction_loss": ("reconstruction_loss_gene",),
+    "reconstruction_loss": ("reconstruction_loss_gene", "reconstruction_losses"),
 }
 
 
@@ -228,7 +234,7 @@ def _by_name(name: str, value: Any, names: Sequence[str]) -> tuple:
             msg = f"{name} must name each of {listing(names)} once: {found}."
             raise ValueError(msg)
         return tuple(value[key] for key in names)
-    if isinstance(value, str) or not np.iterable(value):
+    if isinstance(value, str | set | frozenset) or not np.iterable(value):
         msg = f"{name}={value!r} is a {type(value).__name__}; a mapping from {listing(names)} to values is needed."
         raise TypeError(msg)
     return tuple(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,9 @@ from anndata import AnnData
 
 from scvi_ext import models
 from scvi_ext._contract import Capability, SavedFit
-from scvi_ext._errors import listing
+from scvi_ext._errors import listing, warn
 from scvi_ext._keys import valid_key
-from scvi_ext.data.joint import JointStore, describe, n_batches, sizes_of, summary_of
+from scvi_ext.data.joint import JointStore, describe, n_batches, sizes_of, summary_of, trained_together
 from scvi_ext.data.registry import Registry, check_fit_matches_setup, read_fit, read_setup
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import CellStore
@@ -23,10 +24,12 @@ from scvi_ext.engine.plan import Plan, make_plan
 from scvi_ext.tl._prepare_fit import config_of, patience_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
     from scvi_ext._contract import ModelSpec
+
+_FEW_GENES = 10  # in common with other data sets: a type of cells takes about as many to be told
 
 
 def check_datasets(datasets: object, spec: ModelSpec) -> None:
@@ -133,7 +136,10 @@ def reopen_joint(
 ) -> tuple[list[SavedFit], Any, JointStore, Plan, dict[str, np.ndarray]]:
     """The same for a fit that goes on."""
     key = model if key_added is None else key_added
-    fits = {name: read_fit(adata, key) for name, adata in datasets.items()}
+    fits = {}
+    for name, adata in datasets.items():
+        with _speaking_of(name):
+            fits[name] = read_fit(adata, key)
     for fit in fits.values():
         if fit.model != model:
             msg = f"Fit {key!r} is of the model {fit.model!r}, not {model!r}: resume it as that."
@@ -148,8 +154,8 @@ def reopen_joint(
         raise ValueError(msg)
     fits = {name: fits[name] for name in known}
     first = fits[known[0]]
-    if any(fit.status != first.status for fit in fits.values()):
-        msg = f"The data sets hold different fits called {key!r}: one of them was fitted again since. Fit all anew."
+    if not all(trained_together(fit, first) for fit in fits.values()):
+        msg = f"The data sets hold different fits called {key!r}, which were not trained together. Fit all anew."
         raise ValueError(msg)
     if first.checkpoint is None:
         msg = (
@@ -158,7 +164,8 @@ def reopen_joint(
         )
         raise ValueError(msg)
     for name, fit in fits.items():
-        check_fit_matches_setup(fit, datasets[name])
+        with _speaking_of(name):
+            check_fit_matches_setup(fit, datasets[name])
     registries = [Registry.from_uns(fit.setup) for fit in fits.values()]
     store = _read({name: datasets[name] for name in known}, registries, [fit.var_names for fit in fits.values()])
     if store.fingerprint() != first.status["data"]:
@@ -175,14 +182,18 @@ def reopen_joint(
 
 def split_joint(store: JointStore, split: dict, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of training and validation cells, the same shares of each data set."""
-    sides = [split_cells(part.n_cells, **split, seed=seed) for part in store.stores]
+    sides = []
+    for name, part in zip(store.names, store.stores, strict=True):
+        with _speaking_of(name):
+            sides.append(split_cells(part.n_cells, **split, seed=seed))
     return tuple(
         np.concatenate([first + side[i] for first, side in zip(store.first, sides, strict=False)]) for i in (0, 1)
     )
 
 
 def _registry(name: str, adata: AnnData, spec: ModelSpec) -> Registry:
-    registry = read_setup(adata).read_by(frozenset())
+    with _speaking_of(name):
+        registry = read_setup(adata).read_by(frozenset())
     unused = {
         "size_factor_key": registry.size_factor_key,
         "categorical_covariate_keys": registry.categorical_covariate_keys,
@@ -203,25 +214,50 @@ def _read(
 ) -> JointStore:
     """The cells of all data sets, their batches numbered through."""
     stores, first = [], 0
-    for i, (adata, registry) in enumerate(zip(datasets.values(), registries, strict=True)):
+    for i, ((name, adata), registry) in enumerate(zip(datasets.items(), registries, strict=True)):
         # By name, so that genes that share one are refused here and not when the fit is used.
-        store = CellStore.from_adata(adata, registry, var_names=adata.var_names if genes is None else genes[i])
+        var_names = adata.var_names if genes is None else genes[i]
+        with _speaking_of(name):
+            store = CellStore.from_adata(adata, registry, var_names=var_names)
         stores.append(replace(store, batch_index=store.batch_index + first))
         first += n_batches(registry)
     return JointStore(tuple(datasets), tuple(stores))
 
 
+@contextmanager
+def _speaking_of(name: str) -> Iterator[None]:
+    """Inside, what goes wrong says of which data set: there, it is called adata."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"Data set {name!r}: {error.args[0]}"
+        raise type(error)(msg) from error
+
+
 def _check_genes(store: JointStore) -> None:
-    """Raise a ValueError for a data set that has no gene in common with any other."""
-    sets = [set(part.var_names) for part in store.stores]
-    for i, name in enumerate(store.names):
-        others = set().union(*(genes for j, genes in enumerate(sets) if j != i))
-        if not sets[i] & others:
-            msg = (
-                f"Data set {name!r} has no gene in common with any other: it has {listing(sorted(sets[i]), 3)}, "
-                f"others have {listing(sorted(others), 3)}. Genes are matched by name: use the same kind of names."
+    """Raise a ValueError unless genes in common lead from each data set to every other; warn where they are few."""
+    sets = dict(zip(store.names, (set(part.var_names) for part in store.stores), strict=True))
+    joined, *rest = store.names
+    joined, known = [joined], set(sets[joined])
+    while near := [name for name in rest if sets[name] & known]:
+        joined += near
+        known = known.union(*(sets[name] for name in near))
+        rest = [name for name in rest if name not in near]
+    if rest:
+        others = set().union(*(sets[name] for name in rest))
+        msg = (
+            f"The data sets {listing(rest)} have no gene in common with {listing(joined)}: they have "
+            f"{listing(sorted(others), 3)} there, and {listing(sorted(known), 3)} here. Genes are matched by name: use "
+            "the same kind of names."
+        )
+        raise ValueError(msg)
+    for name, genes in sets.items():
+        n_common = len(genes & set().union(*(sets[other] for other in sets if other != name)))
+        if n_common < _FEW_GENES:
+            warn(
+                f"Data set {name!r} has {n_common} of its {len(genes)} genes in common with others, which says little "
+                "of how its cells lie among theirs: do not take the overlap that the critic makes for a fact."
             )
-            raise ValueError(msg)
 
 
 def _with_defaults(config: Any, store: JointStore) -> Any:

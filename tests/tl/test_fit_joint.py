@@ -109,7 +109,7 @@ REFUSED = {
         with_other_names,
         {},
         ValueError,
-        "Data set 'rna' has no gene in common with any other: it has",
+        "The data sets 'spatial' have no gene in common with 'rna': they have",
     ),
     "not set up": (not_set_up, {}, KeyError, "call scvi_ext.pp.setup_anndata"),
     "an unknown option": (dict, {"n_hidden": 8}, TypeError, "tl.fit.model='gimvi'. has no keyword 'n_hidden'"),
@@ -385,15 +385,60 @@ def test_a_few_cells_beside_many(pair, first, train_size):
 
 def test_three_data_sets_need_not_have_a_gene_that_all_have(make_counts):
     chain = {}
-    for i, genes in enumerate([slice(0, 25), slice(20, 45), slice(40, 60)]):
+    for i, genes in enumerate([slice(0, 30), slice(20, 50), slice(40, 60)]):
         chain[f"d{i}"] = make_counts(n_cells=60 + i, seed=i)[:, genes].copy()
         sx.pp.setup_anndata(chain[f"d{i}"])
     fit(chain, fool_step="separate")
     for i, adata in enumerate(chain.values()):
         assert saved(adata)["joint"]["dataset"] == f"d{i}"
         assert len(saved(adata)["joint"]["genes"]) == 60
-    with pytest.raises(ValueError, match="Data set 'd2' has no gene in common"):
-        fit({name: chain[name] for name in ("d0", "d2")} | {"x": chain["d0"].copy()})
+    apart = {name: chain[name] for name in ("d0", "d2")} | {"x": chain["d0"].copy(), "y": chain["d2"].copy()}
+    with pytest.raises(ValueError, match="The data sets 'd2', 'y' have no gene in common with 'd0', 'x'"):
+        fit(apart)
+
+
+def test_few_genes_in_common_are_warned_of(make_counts):
+    pair = {"rna": make_counts(n_cells=60)[:, :40].copy(), "spatial": make_counts(n_cells=50, seed=1)[:, 36:].copy()}
+    for adata in pair.values():
+        sx.pp.setup_anndata(adata)
+    with pytest.warns(UserWarning, match="Data set '.*' has 4 of its (40|24) genes in common with others") as warned:
+        fit(pair)
+    assert len(warned) == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda adata: adata.uns.clear(), "Data set 'spatial': .*call scvi_ext.pp.setup_anndata"),
+        (lambda adata: adata.X.data.__imul__(0.5), "Data set 'spatial': adata.X holds"),
+        (lambda adata: setattr(adata, "var_names", ["x"] * adata.n_vars), "Data set 'spatial': adata.var_names has"),
+    ],
+    ids=["not set up", "no counts", "one name for all"],
+)
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_what_is_wrong_with_a_data_set_names_it(pair, spoil, message):
+    spoil(pair["spatial"])
+    with pytest.raises((KeyError, ValueError), match=message):
+        fit(pair)
+
+
+def test_values_without_an_order_are_refused(pair):
+    with pytest.raises(TypeError, match="reconstruction_losses=.* is a set; a mapping from 'rna', 'spatial' to values"):
+        fit(pair, reconstruction_losses={"zinb", "nb"})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("generative_distributions", "reconstruction_losses"),
+        ("gene_likelihood", "reconstruction_losses"),
+        ("model_library_size", "model_library_bools"),
+        ("n_hidden", "dim_hidden_encoder"),
+    ],
+)
+def test_options_of_scvi_tools_are_answered_with_ours(pair, theirs, ours):
+    with pytest.raises(TypeError, match=f"has no keyword '{theirs}': it is called {ours} here"):
+        fit(pair, **{theirs: 1})
 
 
 def test_a_fit_is_logged(pair, logged):
@@ -548,7 +593,7 @@ def fit_one_again(pair):
         (rename, "Fit 'gimvi' was made of the data sets 'rna', 'spatial': give these, under the same names, to resume"),
         (swap, "Fit 'gimvi' was made of the data sets 'rna', 'spatial': give these, under the same names, to resume"),
         (change_a_count, "Fit 'gimvi' was trained on other data: cells or counts of a data set have changed since"),
-        (fit_one_again, "The data sets hold different fits called 'gimvi': one of them was fitted again since"),
+        (fit_one_again, "The data sets hold different fits called 'gimvi', which were not trained together"),
     ],
 )
 def test_what_is_no_longer_the_same_is_not_resumed(pair, change, message):

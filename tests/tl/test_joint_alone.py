@@ -320,3 +320,32 @@ def test_changed_setup_is_noticed(joint):
 def test_a_gene_that_was_lost_is_noticed(joint):
     with pytest.raises(KeyError, match=r"1 of the 20 genes of the fit are not in adata\.var_names"):
         sx.tl.get_latent(joint["spatial"][:, 1:].copy())
+
+
+def test_differential_expression_names_the_batches_of_the_data_set(joint):
+    """Codes are numbered through all data sets, names are not."""
+    for adata, key in zip(joint.values(), ("batch", "sex"), strict=True):
+        names = sorted(map(str, adata.obs[key].unique()))
+        for batch in names:
+            sx.tl.differential_expression(adata, "cell_type", transform_batch=batch, n_samples=300)
+            assert adata.uns["scvi_de"]["params"]["batches"].tolist() == [batch]
+        sx.tl.differential_expression(adata, "cell_type", batch_correction=True, n_samples=300)
+        assert adata.uns["scvi_de"]["params"]["batches"].tolist() == names
+
+
+def test_a_batch_without_effect_on_the_profile_is_refused(joint):
+    sx.tl.fit(joint, "gimvi", key_added="blind", max_epochs=1, progress=False)
+    adata = joint["spatial"]
+    batch = str(adata.obs["sex"].iloc[0])
+    with pytest.raises(ValueError, match="profile of genes does not depend on the batch"):
+        sx.tl.get_normalized_expression(adata, transform_batch=batch)
+    with pytest.raises(ValueError, match="profile of genes does not depend on the batch"):
+        sx.tl.differential_expression(adata, "cell_type", batch_correction=True)
+
+
+def test_data_sets_of_different_fits_are_not_mixed(joint):
+    other = sx.tl.fit(joint, "gimvi", key_added="other", max_epochs=2, kappa=0.5, progress=False, copy=True)
+    sx.tl.fit(joint, "gimvi", key_added="other", max_epochs=2, progress=False)
+    for read in (sx.tl.loss_magnitude, sx.tl.discriminator_confusion):
+        with pytest.raises(ValueError, match="were not trained together"):
+            read({"rna": joint["rna"], "spatial": other["spatial"]})
