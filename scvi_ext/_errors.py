@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import warnings
 from difflib import get_close_matches
@@ -80,10 +81,15 @@ def needs_capability(method: str, model: str, able: Iterable[str]) -> ValueError
     )
 
 
+def _in_short(value: object) -> str:
+    """Its representation on one line, without the middle of a long one (an array)."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def whole_number(name: str, value: object, least: int) -> int:
     """``value`` as an int, if it is a whole number that is large enough; else a TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        msg = f"{name}={value!r} is a {type(value).__name__}; a whole number is needed."
+        msg = f"{name}={_in_short(value)} is a {type(value).__name__}; a whole number is needed."
         raise TypeError(msg)
     if value < least:
         msg = f"{name}={value!r} must be {least} or more."
@@ -94,6 +100,6 @@ def whole_number(name: str, value: object, least: int) -> int:
 def number(name: str, value: object) -> float:
     """``value``, if it is a number; else a TypeError."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        msg = f"{name}={value!r} is a {type(value).__name__}; a number is needed."
+        msg = f"{name}={_in_short(value)} is a {type(value).__name__}; a number is needed."
         raise TypeError(msg)
     return float(value)

@@ -133,6 +133,8 @@ def read_root(adata: AnnData) -> Mapping[str, Any]:
     """``adata.uns["scvi_ext"]``, or an empty mapping; a ValueError if a newer version wrote it, or something else."""
     if not isinstance(adata, AnnData):
         msg = f"adata is a {type(adata).__name__}; an AnnData is needed."
+        if isinstance(adata, Mapping):
+            msg += " Give one data set at a time: each carries the whole of a joint fit."
         raise TypeError(msg)
     root = adata.uns.get(UNS.root, {})
     if not isinstance(root, Mapping):

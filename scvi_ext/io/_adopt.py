@@ -16,7 +16,7 @@ from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.checks import audit_registered, report_audits
 from scvi_ext.data.joint import sizes_of
 from scvi_ext.data.matrix import counts_matrix
-from scvi_ext.data.registry import Registry, check_fit_matches_setup, column, known_codes, read_root
+from scvi_ext.data.registry import Registry, check_fit_matches_setup, codes, column, read_root
 from scvi_ext.data.store import check_proteins, check_unique_genes
 
 if TYPE_CHECKING:
@@ -113,14 +113,18 @@ def _check_genes(fit: SavedFit, adata: AnnData) -> None:
 
 
 def _check_slots(registry: Registry, adata: AnnData) -> None:
-    """Raise a KeyError for a slot that the model reads and ``adata`` does not have."""
+    """Raise a KeyError for a slot that ``adata`` does not have, and a ValueError for categories new to the model.
+
+    Labels may be others: only some models read them.
+    """
     counts_matrix(adata, registry.layer, "the layer that the model reads")
-    keys = [registry.batch_key, registry.labels_key, registry.size_factor_key]
-    for key in (*keys, *registry.categorical_covariate_keys, *registry.continuous_covariate_keys):
+    for key in (registry.labels_key, registry.size_factor_key, *registry.continuous_covariate_keys):
         if key is not None:
             column(adata.obs, key)
+    for key, categories in zip(registry.categorical_covariate_keys, registry.covariate_categories, strict=True):
+        codes(adata.obs, key, categories)
+    batches = np.zeros(1, dtype=np.int64)
+    if registry.batch_key is not None:
+        batches = codes(adata.obs, registry.batch_key, registry.batch_categories)
     if registry.protein_obsm_key is not None:
-        batches = np.zeros(1, dtype=np.int64)
-        if registry.batch_key is not None:
-            batches = known_codes(adata.obs, registry.batch_key, registry.batch_categories)
         check_proteins(adata, registry, batches)

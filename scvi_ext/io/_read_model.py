@@ -54,8 +54,8 @@ def read_model(
     KeyError
         ``adata`` lacks genes of the model, or columns it was set up with.
     ValueError
-        The folder was written by a newer version, is damaged, or ``adata`` has been set up differently. Nothing has
-        been written then.
+        The folder was written by a newer version, is damaged, or ``adata`` has been set up differently, or has batches
+        or categories of covariates that the model does not know. Nothing has been written then.
 
     Examples
     --------

@@ -145,7 +145,8 @@ def read_scvi_tools(
         ``adata`` is a mapping and the model is of one AnnData, or the other way round.
     ValueError
         The file is not a model of these classes, refers to anything but containers, arrays and tensors, or uses an
-        option that does not exist here, or ``adata`` has been set up differently. Nothing has been written then.
+        option that does not exist here, or ``adata`` has been set up differently, or has batches or categories of
+        covariates that the model does not know. Nothing has been written then.
 
     Examples
     --------
@@ -198,6 +199,9 @@ def _adopt_datasets(fits: list[SavedFit], datasets: object) -> dict[str, SavedFi
             f"{len(given)} data sets were given, {listing(given)}, and the model is of two: the one that was adata_seq "
             "and the one that was adata_spatial, in this order."
         )
+        raise ValueError(msg)
+    if len({id(adata) for adata in datasets.values()}) < len(given):
+        msg = f"The same AnnData was given under two names, {listing(given)}: each holds one data set; copy it."
         raise ValueError(msg)
     renamed = np.array(names, dtype=np.str_)
     fits = {

@@ -65,7 +65,7 @@ def impute(
     batch_size
         Cells per forward pass; results do not depend on it.
     seed
-        Of the samples.
+        Of the samples; without effect where none are drawn (``n_samples=0``).
     key_added
         Slot to write, ``"<key>_imputed"`` by default.
     copy

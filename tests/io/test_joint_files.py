@@ -103,6 +103,7 @@ def test_cells_that_cannot_hold_it_are_refused_before_anything_is_written(cells)
         (single, cells, TypeError, "of one AnnData, and a mapping was given"),
         (CASE, {"a": seq, "b": spatial, "c": spatial}, ValueError, "3 data sets were given"),
         (CASE, {"rna": seq}, ValueError, "1 data sets were given"),
+        (CASE, {"seq": seq, "spatial": seq}, ValueError, "same AnnData was given under two names, 'seq', 'spatial'"),
         (CASE, {"seq": seq, "spatial": spatial[:, 1:].copy()}, KeyError, "1 of the 10 genes"),
         (CASE, {"seq": spatial, "spatial": seq}, KeyError, "10 of the 20 genes"),
     ]:
@@ -110,6 +111,14 @@ def test_cells_that_cannot_hold_it_are_refused_before_anything_is_written(cells)
             sx.io.read_scvi_tools(path, adata)
     assert not seq.uns
     assert not spatial.uns
+
+
+def test_batches_that_the_model_does_not_know_are_refused_before_anything_is_written(cells):
+    spatial = cells["spatial"]
+    spatial.obs["batch"] = "new"
+    with pytest.raises(ValueError, match="unknown categories in 12 of 12 cells: 'new'"):
+        sx.io.read_scvi_tools(CASE, cells)
+    assert not any(adata.uns for adata in cells.values())
 
 
 def test_options_that_do_not_exist_here_are_refused(variant):
@@ -210,4 +219,7 @@ def test_reading_leaves_the_fits_of_other_data_sets_as_they_are(datasets, tmp_pa
         sx.io.read_model(tmp_path / "model", datasets["rna"])
     with pytest.raises(KeyError, match="genes of the model are not in"):
         sx.io.read_model(tmp_path / "model", datasets["spatial"], key_added="other")
+    with pytest.raises(TypeError, match=r"is a dict; .* one data set at a time"):
+        sx.io.write_model(datasets, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
     assert str(datasets["spatial"].uns["scvi_ext"]["fits"]["gimvi"]["joint"]) == str(before)

@@ -419,6 +419,18 @@ def test_an_adata_that_does_not_suit_is_refused_and_left_alone(adata, spoil, err
     assert_untouched(spoiled, before)
 
 
+@pytest.mark.parametrize("key", ["batch", "phase"])
+def test_categories_that_the_model_does_not_know_are_refused(adata, key):
+    fewer = adata[adata.obs[key] == adata.obs[key].iloc[0]].copy()
+    sx.io.read_scvi_tools(COVARIATES, fewer)
+    sx.tl.get_latent(fewer)
+    adata.obs[key] = ["new", *adata.obs[key].astype(str)[1:]]
+    before = copy.deepcopy(adata)
+    with pytest.raises(ValueError, match=rf"obs\['{key}'\] has 1 unknown categories in 1 of .*'new'"):
+        sx.io.read_scvi_tools(COVARIATES, adata)
+    assert_untouched(adata, before)
+
+
 def test_an_adata_without_raw_counts_is_refused(adata):
     adata.X = np.log1p(adata.X)
     before = copy.deepcopy(adata)

@@ -193,6 +193,7 @@ def test_it_says_what_it_wrote(datasets, logged):
         ({"gene_list": []}, ValueError, "is empty"),
         ({"library_size": 0}, ValueError, "must be positive"),
         ({"library_size": "observed"}, ValueError, "latent"),
+        ({"library_size": np.ones(120)}, TypeError, r"^library_size=array.{5,30} is a ndarray; a number is needed"),
         ({"n_samples": -1}, ValueError, "must be 0 or more"),
         ({"key_added": "a/b"}, ValueError, "without '/'"),
         ({"key": "scvi"}, KeyError, "'scvi' is not in"),
@@ -203,6 +204,17 @@ def test_what_cannot_be_imputed_is_refused_before_anything_is_written(datasets, 
     with pytest.raises(error, match=message):
         sx.tl.impute(datasets["a"], **options)
     assert set(datasets["a"].obsm) == set(before.obsm)
+
+
+def test_data_sets_are_imputed_one_at_a_time(datasets):
+    for copy in (False, True):
+        with pytest.raises(TypeError, match=r"is a dict; .* one data set at a time"):
+            sx.tl.impute(datasets, copy=copy)
+
+
+def test_the_seed_is_of_samples_alone(datasets):
+    first, other = (sx.tl.impute(datasets["b"], seed=seed, copy=True).obsm["gimvi_imputed"] for seed in (1, 2))
+    np.testing.assert_array_equal(first, other)
 
 
 def test_global_generators_are_left_alone(datasets):
