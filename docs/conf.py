@@ -68,7 +68,7 @@ try:
 except (ImportError, OSError) as error:
     print(f"user_guide/citeseq.md is left out: {error}")
     exclude_patterns.append("user_guide/citeseq.md")
-    suppress_warnings = ["toc.excluded", "myst.xref_missing"]
+    suppress_warnings = ["toc.excluded", "toc.not_readable", "myst.xref_missing", "ref.doc"]
 
 
 def _free_text(docstring: SphinxDocString, name: str = "Returns") -> list[str]:

@@ -177,10 +177,22 @@ def test_the_second_example_of_the_readme():
     assert foreground.to_numpy()[~on_cells.to_numpy()].mean() < 0.3
 
 
-def test_the_third_example_of_the_readme():
-    _, _, third = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+def test_the_third_example_of_the_readme(monkeypatch):
+    _, _, third, _ = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    monkeypatch.setattr(plt, "show", lambda: None)
     names: dict[str, object] = {"sx": sx}
     exec(compile(third, "README.md", "exec"), names)
+    plt.close("all")
+    adata = names["adata"]
+    inflated = adata.varm["dropout"]["batch_0"].to_numpy() > 0
+    probability = adata.var["autozi_zero_inflation_probability"].to_numpy()
+    assert (probability[inflated][:, None] > probability[~inflated]).mean() > 0.95  # the area under the ROC curve
+
+
+def test_the_fourth_example_of_the_readme():
+    *_, fourth = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    names: dict[str, object] = {"sx": sx}
+    exec(compile(fourth, "README.md", "exec"), names)
     rna, imputed = names["rna"], names["spatial"].obsm["gimvi_imputed"]
     assert list(imputed) == list(rna.var_names[100:])
     measured = sc.pp.normalize_total(rna, target_sum=1e4, copy=True)[:, 100:].X.toarray()

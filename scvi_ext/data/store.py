@@ -102,13 +102,13 @@ def _from_names(adata: AnnData, names: np.ndarray) -> np.ndarray:
     return rows.astype(np.int64)
 
 
-def check_unique_genes(adata: AnnData) -> None:
-    """Raise a ValueError if two genes have the same name."""
+def check_unique_genes(adata: AnnData, name: str = "adata") -> None:
+    """Raise a ValueError if two genes have the same name; ``name``: what messages call the AnnData."""
     if not adata.var_names.is_unique:
         repeated = adata.var_names[adata.var_names.duplicated()].unique()
         msg = (
-            f"adata.var_names has {len(repeated)} names more than once: {listing(repeated, 3)}. "
-            "Genes are matched by name: call adata.var_names_make_unique() first."
+            f"{name}.var_names has {len(repeated)} names more than once: {listing(repeated, 3)}. "
+            f"Genes are matched by name: call {name}.var_names_make_unique() first."
         )
         raise ValueError(msg)
 
@@ -321,10 +321,7 @@ class CellStore:
         optional = {name: read(key) if name in columns and key else None for name, (key, read) in readers.items()}
         matrix = counts_matrix(adata, registry.layer, "the layer that pp.setup_anndata registered")
         counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
-        if registry.audit == "clean":
-            slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
-            advice = "Keep the counts in a layer, and register that: pp.setup_anndata(adata, layer='counts', ...)."
-            _check_still_counts(counts, slot, "gene", obs.index, adata.var_names, advice)
+        check_still_raw(counts, registry, obs.index, adata.var_names)
         if genes is not None:
             counts = counts[:, genes]
             counts.sort_indices()
@@ -394,6 +391,14 @@ class CellStore:
             cells[start : start + chunk.shape[0]] = np.asarray(chunk.sum(axis=1)).ravel()
             genes += np.asarray(chunk.sum(axis=0)).ravel()
         return cells, genes
+
+
+def check_still_raw(counts: sp.csr_matrix, registry: Registry, cells: pd.Index, genes: Sequence[str]) -> None:
+    """Raise a ValueError if counts of genes that were raw when they were registered are not so any more."""
+    if registry.audit == "clean":
+        slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
+        advice = "Keep the counts in a layer, and register that: pp.setup_anndata(adata, layer='counts', ...)."
+        _check_still_counts(counts, slot, "gene", cells, genes, advice)
 
 
 def _check_still_counts(

@@ -11,11 +11,11 @@ from scvi_ext.engine.device import seeded
 from scvi_ext.engine.fit import fit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
-    from scvi_ext._contract import Loss
+    from scvi_ext._contract import Loss, Stream
     from scvi_ext.data.store import CellStore
     from scvi_ext.engine.fit import Progress
     from scvi_ext.engine.plan import Plan
@@ -58,6 +58,7 @@ def train_on_query(
     masks: Mapping[str, torch.Tensor] | None,
     store: CellStore,
     plan: Plan,
+    streams: Sequence[Stream],
     *,
     seed: int,
     device: torch.device,
@@ -78,6 +79,7 @@ def train_on_query(
             validation=np.empty(0, dtype=np.int64),
             seed=seed,
             device=device,
+            streams=streams,
             show_progress=show_progress,
             announce=announce,
         )

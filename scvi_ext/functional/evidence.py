@@ -112,6 +112,7 @@ def loss_at(vae: nn.Module, cells: Minibatch, noise: Tensor, shared: Tensor | No
     return vae.loss(cells, noise=noise) if shared is None else vae.loss(cells, noise=noise, shared=shared)
 
 
+@torch.no_grad()
 def draws_of_shared(vae: nn.Module, n_samples: int, seed: int) -> list[Tensor | None]:
     """So many draws of what all cells share, the same whatever the cells; None each where there is no such thing."""
     return [vae.draw_shared(np.random.default_rng([seed, s])) for s in range(n_samples)]

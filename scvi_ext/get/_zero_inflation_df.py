@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from scvi_ext._contract import Capability
 from scvi_ext._keys import FitKeys, column_name, zero_inflation_slots
 from scvi_ext.data.matrix import counts_matrix, row_chunks
 from scvi_ext.data.registry import Registry, codes, read_fit
+from scvi_ext.data.store import check_still_raw
 from scvi_ext.fitted import require
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def zero_inflation_df(adata: AnnData, key: str | None = None, *, slot: str | Non
     KeyError
         No such fit, or nothing was read out of it.
     ValueError
-        The fitted model has no zero inflation of its own.
+        The fitted model has no zero inflation of its own, or the counts that it was fitted to are no longer raw.
 
     Examples
     --------
@@ -69,8 +71,9 @@ def zero_inflation_df(adata: AnnData, key: str | None = None, *, slot: str | Non
         raise KeyError(msg)
     genes = np.flatnonzero(adata.var_names.isin(fit.var_names))
     columns = {what: np.asarray(getattr(adata, place)[name])[genes] for what, name in slots.items()}  # (G,) or (G, K)
-    groups, names = _groups(adata, Registry.from_uns(fit.setup), by)
-    means, zeros = (of[:, genes] for of in _counted(adata, fit.setup.get("layer"), groups, len(names)))
+    registry = Registry.from_uns(fit.setup)
+    groups, names = _groups(adata, registry, by)
+    means, zeros = (of[:, genes] for of in _counted(adata, registry, groups, len(names)))
     n_groups = len(names)
     table = pd.DataFrame({"gene": np.tile(adata.var_names[genes], n_groups)})
     if by is not None:
@@ -90,10 +93,11 @@ def _groups(adata: AnnData, registry: Registry, by: str | None) -> tuple[np.ndar
     return codes(adata.obs, key, categories), [column_name(name) for name in categories]
 
 
-def _counted(adata: AnnData, layer: str | None, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+def _counted(adata: AnnData, registry: Registry, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean count and share of zeros of each gene in each group of cells, shape (groups, genes)."""
     total, positive = np.zeros((2, n_groups, adata.n_vars))
-    for start, counts in row_chunks(counts_matrix(adata, layer, "the layer that the fit reads")):
+    for start, counts in row_chunks(counts_matrix(adata, registry.layer, "the layer that the fit reads")):
+        check_still_raw(sp.csr_matrix(counts), registry, adata.obs_names[start:], adata.var_names)
         of_group = np.equal.outer(np.arange(n_groups), groups[start : start + counts.shape[0]]).astype(np.float64)
         total += of_group @ counts
         positive += of_group @ (counts > 0)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from scvi_ext._contract import Minibatch
 
+_LEAST_PRIOR = 1e-6  # float32 tells this much from 0 and from 1
 KINDS = ("gene", "gene-batch", "gene-label", "gene-cell")
 
 
@@ -346,8 +347,8 @@ def _check(
     alpha: float | None, beta: float | None, minimal: float, kind: str, n_labels: int, options: dict[str, object]
 ) -> None:
     for name, value in {"alpha_prior": alpha, "beta_prior": beta}.items():
-        if value is not None and not 0 < value < 1:
-            msg = f"{name}={value!r} must be above 0 and below 1, or None."
+        if value is not None and not _LEAST_PRIOR <= value <= 1 - _LEAST_PRIOR:
+            msg = f"{name}={value!r} must be above 0 and below 1, or None; {_LEAST_PRIOR:g} or more away from both."
             raise ValueError(msg)
     if not 0 <= minimal < 1:
         msg = f"minimal_dropout={minimal!r} must be at least 0 and below 1."

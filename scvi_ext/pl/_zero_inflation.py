@@ -34,7 +34,7 @@ def zero_inflation(
 
     Genes of the same mean differ in their share of zeros because they vary more or less from cell to cell, or because
     some of their zeros are technical. The colour is P(delta < 0.5): what is called inflated (above 0.5) is red.
-    Those with the largest shares of technical zeros are named. The line is the share of zeros of a Poisson law.
+    Those that are called most surely are named. The line is the share of zeros of a Poisson law.
 
     Parameters
     ----------
@@ -119,7 +119,8 @@ def _panel(ax: Axes, table: pd.DataFrame, n_names: int) -> object:
         means = np.geomspace(counted["mean_count"].min(), counted["mean_count"].max(), 200)
         ax.plot(means, np.exp(-means), color="gray", linewidth=1, linestyle="--", zorder=0)
     height = 1.0  # names stay below the title
-    for gene in counted[counted["called"]].nlargest(n_names, "share").sort_values("zeros")[::-1].itertuples():
+    surest = counted[counted["called"]].nlargest(n_names, ["probability", "share"])
+    for gene in surest.sort_values("zeros")[::-1].itertuples():
         height = min(gene.zeros + _NAME_HEIGHT, height - _NAME_HEIGHT)  # names do not lie on each other
         ax.annotate(
             gene.gene,

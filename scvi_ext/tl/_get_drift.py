@@ -6,6 +6,7 @@ import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
+from scvi_ext._contract import N_TRAIN
 from scvi_ext._errors import whole_number
 from scvi_ext._keys import UNS
 from scvi_ext.data.registry import read_root
@@ -133,7 +134,7 @@ def _check_same_model(query: SavedFit, reference: SavedFit) -> None:
     """Raise a ValueError unless both fits have the same latent space: the same genes and weights, but for new ones."""
     same = list(query.var_names) == list(reference.var_names) and query.state.keys() == reference.state.keys()
     if same:
-        pairs = ((array, reference.state[name]) for name, array in query.state.items())
+        pairs = ((array, reference.state[name]) for name, array in query.state.items() if name != N_TRAIN)
         same = all(np.array_equal(one, other) for one, other in pairs if one.shape == other.shape)
     if not same:
         msg = (

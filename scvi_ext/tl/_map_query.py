@@ -230,6 +230,7 @@ def map_query(
             masks if freeze else None,
             query.store,
             plan,
+            [stream for stream in models.get(trained.model).streams if not stream.labelled_only],
             seed=seed,
             device=target,
             show_progress=progress,

@@ -289,8 +289,8 @@ def _check_labels(
     unlabelled = store.labels < 0
     if unlabelled.any() and not learned:
         msg = (
-            f"{unlabelled.sum()} of {store.n_cells} cells have no label, and a dispersion by label needs one for every "
-            "cell: leave these cells out, or take another dispersion."
+            f"{unlabelled.sum()} of {store.n_cells} cells have no label, and an option by label ('gene-label') needs "
+            "one for every cell: leave these cells out, or take another option."
         )
         raise ValueError(msg)
     # Cells of a minibatch: one is enough beside others, three where they are all there is (batch normalisation).

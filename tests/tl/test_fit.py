@@ -531,7 +531,7 @@ def test_every_cell_needs_a_label_for_a_dispersion_per_label(counts):
     counts.obs.iloc[:7, counts.obs.columns.get_loc("cell_type")] = "unknown"
     sx.pp.setup_anndata(counts, labels_key="cell_type", unlabeled_category="unknown")
     with pytest.raises(
-        ValueError, match=r"7 of 201 cells have no label, and a dispersion by label needs one for every"
+        ValueError, match=r"7 of 201 cells have no label, and an option by label"
     ):
         sx.tl.fit(counts, dispersion="gene-label", **QUICK)
     assert "fits" not in counts.uns["scvi_ext"]

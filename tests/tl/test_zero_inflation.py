@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import torch
 from _tolerances import FLOAT32
 from scipy import stats
@@ -16,6 +17,7 @@ import scvi_ext as sx
 from scvi_ext._keys import ZERO_INFLATION
 from scvi_ext.data.blocks import Block
 from scvi_ext.fitted import Fitted
+from scvi_ext.functional.evidence import draws_of_shared
 
 TINY = {"n_hidden": 8, "n_latent": 3, "max_epochs": 3}
 GROUPS = {"gene": None, "gene-batch": "batch", "gene-label": "cell_type"}
@@ -235,7 +237,7 @@ def test_the_picture_has_a_point_for_each_gene(adata, kind):
         np.testing.assert_allclose(points.get_offsets(), part[["mean_count", "zeros"]])
         np.testing.assert_allclose(points.get_array(), part["probability"])
         assert ax.get_title().endswith(f"{part['called'].sum()} of 40 genes called")
-        top = part[part["called"]].nlargest(2, "share")
+        top = part[part["called"]].nlargest(2, ["probability", "share"])
         assert {text.get_text() for text in ax.texts} == set(top["gene"])
     plt.close("all")
 
@@ -378,3 +380,40 @@ def test_inflated_genes_are_found(by_batch):
     likely = adata.layers["autozi_technical_zeros"]
     of_inflated = np.repeat(truth.reshape(-1, 100) > 0, 800, axis=0)
     assert likely[zeros & of_inflated].mean() > 2 * likely[zeros & ~of_inflated].mean()
+
+
+def test_counts_that_are_no_longer_raw_are_not_put_beside(adata):
+    sx.tl.get_zero_inflation(adata, key="gene")
+    sc.pp.normalize_total(adata)
+    with pytest.raises(ValueError, match="entries that are no counts"):
+        sx.get.zero_inflation_df(adata, "gene")
+    with pytest.raises(ValueError, match="entries that are no counts"):
+        sx.pl.zero_inflation(adata, "gene", show=False)
+
+
+@pytest.mark.parametrize("value", [1 - 1e-9, 1e-9, 1e-40])
+def test_a_prior_that_float32_cannot_tell_from_its_bounds_is_refused(value):
+    adata = sx.datasets.synthetic_zero_inflated(n_cells_batch=20, n_genes=10)
+    sx.pp.setup_anndata(adata)
+    with pytest.raises(ValueError, match=r"alpha_prior=.* must be above 0 and below 1"):
+        sx.tl.fit(adata, "autozi", alpha_prior=value)
+
+
+def test_a_mapped_query_has_drift_and_the_divergence_of_delta_in_its_history():
+    reference = sx.datasets.synthetic_zero_inflated(n_cells_batch=100, n_genes=30, n_batches=2)
+    query = reference[reference.obs["batch"] == "batch_1"].copy()
+    reference = reference[reference.obs["batch"] == "batch_0"].copy()
+    sx.pp.setup_anndata(reference, batch_key="batch")
+    sx.tl.fit(reference, "autozi", zero_inflation="gene-batch", max_epochs=2)
+    sx.tl.map_query(query, reference, max_epochs=2)
+    last = sx.get.history(query).iloc[-1]
+    assert last["kl_global_train"] > 0
+    parts = ("reconstruction_loss", "kl_z", "kl_library", "kl_global")
+    assert last["elbo_train"] == pytest.approx(-sum(last[f"{part}_train"] for part in parts), rel=1e-9)
+    sx.tl.get_drift(query, reference)
+    assert np.isfinite(query.obs["autozi_drift"]).all()
+
+
+def test_draws_of_delta_hold_no_graph(adata):
+    module = Fitted.open(adata, None).module
+    assert not any(draw.requires_grad for draw in draws_of_shared(module, 3, 0) if draw is not None)
