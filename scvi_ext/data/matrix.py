@@ -21,14 +21,17 @@ _CHUNK_ENTRIES = 2**24  # 64 MB as dense float32
 _GAP = 128  # rows on disk: reading on over a shorter gap is cheaper than a second access of about 1 ms
 
 
-def counts_matrix(adata: AnnData, layer: str | None, role: str = "") -> Any:
-    """``adata.X`` or ``adata.layers[layer]``, neither copied nor read from disk; ``role``: what messages call it."""
+def counts_matrix(adata: AnnData, layer: str | None, role: str = "", name: str = "adata") -> Any:
+    """``adata.X`` or ``adata.layers[layer]``, neither copied nor read from disk.
+
+    ``role`` and ``name``: what messages call it, and the AnnData.
+    """
     if layer is not None:
         if layer not in adata.layers:
-            raise missing_key("adata.layers", layer, adata.layers, role)
+            raise missing_key(f"{name}.layers", layer, adata.layers, role)
         return adata.layers[layer]
     if adata.X is None:
-        msg = f"adata.X is None. Name the layer with the counts, layer=..., out of: {listing(adata.layers)}."
+        msg = f"{name}.X is None. Name the layer with the counts, layer=..., out of: {listing(adata.layers)}."
         raise TypeError(msg)
     return adata.X
 

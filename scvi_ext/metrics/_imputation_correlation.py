@@ -8,6 +8,7 @@ import pandas as pd
 from scvi_ext._errors import listing, missing_key, no_cells
 from scvi_ext._keys import FitKeys, column_name
 from scvi_ext.data.corruption import read_layer
+from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import read_fit
 from scvi_ext.data.store import check_unique_genes
 from scvi_ext.metrics import arrays
@@ -68,7 +69,8 @@ def imputation_correlation(
     if not isinstance(table, pd.DataFrame):
         msg = f"adata.obsm[{key!r}] is a {type(table).__name__}; a table is needed, whose columns are genes."
         raise TypeError(msg)
-    check_unique_genes(measured)
+    check_unique_genes(measured, "measured")
+    counts_matrix(measured, layer, name="measured")  # if there is one
     columns = pd.Index(map(column_name, measured.var_names)).get_indexer(table.columns)
     if (columns < 0).all():
         msg = (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,8 +10,10 @@ from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._errors import listing, missing_key, whole_number
-from scvi_ext._keys import PROXIMITY, valid_key
+from scvi_ext._keys import PROXIMITY, UNS, FitKeys, valid_key
 from scvi_ext.data.corruption import read_layer
+from scvi_ext.data.matrix import counts_matrix
+from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.data.store import check_unique_genes
 from scvi_ext.metrics import arrays
 from scvi_ext.metrics._cells import complete, leave_out, rep_key, rep_values
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 def proximity_imputation(
     adata: AnnData,
-    reference: AnnData | Sequence[AnnData],
+    reference: AnnData | Sequence[AnnData] | Mapping[str, AnnData],
     *,
     use_rep: str | None = None,
     layer: str | None = None,
@@ -39,7 +43,8 @@ def proximity_imputation(
     adata
         The cells to impute genes of.
     reference
-        Another data set, or several of them.
+        Another data set, or several of them: a list, or a mapping as :func:`~scvi_ext.tl.fit` takes it, without
+        ``adata``.
     use_rep
         Representation in ``obsm`` of all data sets, the latent space of the last fit by default; ``"X_pca"`` of common
         genes takes no model.
@@ -66,8 +71,11 @@ def proximity_imputation(
     ------
     KeyError
         No such representation or layer, or genes that no reference has.
+    TypeError
+        A reference is no AnnData.
     ValueError
-        There is nothing to impute, or a gene was measured in fewer than ``n_neighbors`` cells.
+        There is nothing to impute, a gene was measured in fewer than ``n_neighbors`` cells, ``adata`` is among the
+        references, or data sets have no representation in common: widths differ, or it is that of different fits.
 
     Examples
     --------
@@ -86,20 +94,28 @@ def proximity_imputation(
     Lopez et al. (2019), ICML Workshop on Computational Biology, arXiv:1905.02269.
     """
     whole_number("n_neighbors", n_neighbors, 1)
+    named = _named(reference, adata)
     adata = adata.copy() if copy else adata
     slot = PROXIMITY if key_added is None else valid_key(key_added)
-    references = [reference] if isinstance(reference, AnnData) else list(reference)
     use_rep = rep_key(adata, use_rep)
     if slot == use_rep:
         msg = f"adata.obsm[{slot!r}] is where neighbours are searched: choose another name, key_added=..."
         raise ValueError(msg)
+    z = rep_values(adata, use_rep)
+    for name, part in named.items():
+        check_unique_genes(part, name)
+        counts_matrix(part, layer, name=name)  # if there is one
+        _check_representation(adata, part, name, use_rep, z.shape[1])
+    references = list(named.values())
     genes = _genes(adata, references, gene_list)
     places = [_places(part, use_rep) for part in references]
-    rows = leave_out(complete(z := rep_values(adata, use_rep)), f"values of {use_rep!r} (adata.obsm)")
+    groups = _by_references(genes, references)
+    _check_enough(genes, groups, places, n_neighbors, use_rep)
+    rows = leave_out(complete(z), f"values of {use_rep!r} (adata.obsm)")
 
     start = logg.info(f"imputing {len(genes)} genes from {n_neighbors} neighbours in {use_rep!r} (adata.obsm)")
     values = np.full((adata.n_obs, len(genes)), np.nan, dtype=np.float32)
-    for those, columns in _by_references(genes, references).items():
+    for those, columns in groups.items():
         expression = [_expression(references[i], layer, places[i][0], [genes[j] for j in columns]) for i in those]
         known = np.concatenate([places[i][1] for i in those])
         imputed = arrays.proximity_imputation(known, np.concatenate(expression), z[rows], n_neighbors)
@@ -109,28 +125,96 @@ def proximity_imputation(
     return adata if copy else None
 
 
+def _named(reference: object, adata: AnnData) -> dict[str, AnnData]:
+    """References by what messages call them; a TypeError or ValueError if they are none, or ``adata`` is among them."""
+    if isinstance(reference, AnnData):
+        named = {"reference": reference}
+    elif isinstance(reference, Mapping):
+        named = {f"reference[{name!r}]": part for name, part in reference.items()}
+    elif isinstance(reference, Iterable) and not isinstance(reference, str):
+        named = {f"reference[{i}]": part for i, part in enumerate(reference)}
+    else:
+        msg = f"reference is a {type(reference).__name__}; an AnnData is needed, or several in a list or mapping."
+        raise TypeError(msg)
+    if not named:
+        msg = "reference is empty: give a data set to take neighbours from, or several."
+        raise ValueError(msg)
+    for name, part in named.items():
+        if not isinstance(part, AnnData):
+            msg = f"{name} is a {type(part).__name__}; an AnnData is needed."
+            raise TypeError(msg)
+        if part is adata:
+            msg = f"{name} is adata itself, where every cell is its own nearest neighbour: leave it out."
+            raise ValueError(msg)
+    return named
+
+
+def _check_representation(adata: AnnData, reference: AnnData, name: str, use_rep: str, n_units: int) -> None:
+    """Raise unless a reference has the representation, as wide as that of ``adata``, and not of another joint fit."""
+    if use_rep not in reference.obsm:
+        raise missing_key(f"{name}.obsm", use_rep, reference.obsm)
+    found = reference.obsm[use_rep].shape[1]
+    if found != n_units:
+        msg = (
+            f"{name}.obsm[{use_rep!r}] has {found} units and adata.obsm[{use_rep!r}] {n_units}: they are not the same "
+            "space. Compute one of all data sets together, or name one that they share, use_rep=..."
+        )
+        raise ValueError(msg)
+    known = [read_root(part).get(UNS.fits, {}) for part in (adata, reference)]
+    for key in known[0]:
+        if FitKeys(key).latent == use_rep and key in known[1]:
+            own, other = read_fit(adata, key), read_fit(reference, key)
+            joint = own.joint is not None or other.joint is not None
+            if joint and own.status != other.status:
+                msg = (
+                    f"adata and {name} hold different fits called {key!r}, so that {use_rep!r} is not the same space: "
+                    "call scvi_ext.tl.fit and scvi_ext.tl.get_latent of both again, or name another, use_rep=..."
+                )
+                raise ValueError(msg)
+
+
 def _genes(adata: AnnData, references: list[AnnData], gene_list: Sequence[str] | None) -> list[str]:
-    for part in references:
-        check_unique_genes(part)
     known = dict.fromkeys(gene for part in references for gene in part.var_names)
     if gene_list is None:
         genes = [gene for gene in known if gene not in adata.var_names]
-    else:
-        genes = list(dict.fromkeys([gene_list] if isinstance(gene_list, str) else gene_list))
-        absent = [gene for gene in genes if gene not in known]
-        if absent:
-            msg = f"{len(absent)} of {len(genes)} genes in gene_list are in no reference: {listing(absent)}."
-            raise KeyError(msg)
-    if not genes:
-        msg = "There is nothing to impute: adata has all genes of the reference. Name some all the same, gene_list=..."
+        if not genes:
+            msg = "There is nothing to impute: adata has all genes of the reference. Name some, gene_list=..."
+            raise ValueError(msg)
+        return genes
+    genes = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+    repeated = [gene for gene, n in Counter(genes).items() if n > 1]
+    if repeated or not genes:
+        found = f"has genes more than once: {listing(repeated)}. Name each" if genes else "is empty: name at least"
+        msg = f"gene_list {found} one gene, or None for all that adata has not."
         raise ValueError(msg)
+    absent = [gene for gene in genes if gene not in known]
+    if absent:
+        msg = f"{len(absent)} of {len(genes)} genes in gene_list are in no reference: {listing(absent)}."
+        raise KeyError(msg)
     return genes
+
+
+def _check_enough(
+    genes: list[str],
+    groups: dict[tuple[int, ...], list[int]],
+    places: list[tuple[np.ndarray, np.ndarray]],
+    n_neighbors: int,
+    use_rep: str,
+) -> None:
+    """Raise a ValueError if genes were measured in fewer cells than are to be averaged."""
+    for those, columns in groups.items():
+        n_cells = sum(len(places[i][0]) for i in those)
+        if n_cells < n_neighbors:
+            msg = (
+                f"n_neighbors={n_neighbors}, but {len(columns)} genes ({listing([genes[j] for j in columns], 3)}) were "
+                f"measured in {n_cells} cells only that have values of {use_rep!r}: ask for fewer neighbours, or leave "
+                "these genes out, gene_list=..."
+            )
+            raise ValueError(msg)
 
 
 def _places(reference: AnnData, use_rep: str) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the cells that have values in the representation, and these values."""
-    if use_rep not in reference.obsm:
-        raise missing_key("reference.obsm", use_rep, reference.obsm)
     values = rep_values(reference, use_rep)
     rows = np.flatnonzero(complete(values))
     return rows, values[rows]

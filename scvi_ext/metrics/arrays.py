@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 from scipy.special import entr
 from scipy.stats import entropy, rankdata
 from sklearn.cluster import KMeans
@@ -491,11 +491,11 @@ def proximity_imputation(x: ArrayLike, expression: ArrayLike, x_new: ArrayLike, 
     Parameters
     ----------
     x
-        Where cells with known expression lie, cells x units.
+        Where cells with known expression lie, cells x units, finite.
     expression
-        Of these cells, cells x genes.
+        Of these cells, cells x genes, finite. A sparse matrix is made dense.
     x_new
-        Where the others lie, cells x units.
+        Where the others lie, cells x units, finite.
     n_neighbors
         Of each of the others. One at distance 0 decides alone.
 
@@ -506,7 +506,8 @@ def proximity_imputation(x: ArrayLike, expression: ArrayLike, x_new: ArrayLike, 
     Raises
     ------
     ValueError
-        Fewer cells than ``n_neighbors``, or numbers of units or cells that do not fit together.
+        Fewer cells than ``n_neighbors``, numbers of units or cells that do not fit together, no matrix, or values that
+        are not finite.
 
     Examples
     --------
@@ -518,12 +519,24 @@ def proximity_imputation(x: ArrayLike, expression: ArrayLike, x_new: ArrayLike, 
     ----------
     Lopez et al. (2019), ICML Workshop on Computational Biology, arXiv:1905.02269.
     """
-    x, expression = np.asarray(x), np.asarray(expression, dtype=np.float64)
+    given = {"x": x, "expression": expression, "x_new": x_new}
+    x, expression, x_new = (_matrix(name, values) for name, values in given.items())
+    for name, values in zip(given, (x, expression, x_new), strict=True):
+        bad = (~np.isfinite(values)).any(axis=1).sum()
+        if bad:
+            msg = f"{bad} of {len(values)} cells have values of {name} that are not finite: leave them out."
+            raise ValueError(msg)
+    if x.shape[1] != x_new.shape[1]:
+        msg = f"x has {x.shape[1]} units and x_new {x_new.shape[1]}; both must lie in the same space."
+        raise ValueError(msg)
+    if len(x) != len(expression):
+        msg = f"x has {len(x)} cells and expression {len(expression)}; the same ones are needed, in the same order."
+        raise ValueError(msg)
     if whole_number("n_neighbors", n_neighbors, 1) > len(x):
-        msg = f"n_neighbors={n_neighbors}, but the expression of {len(x)} cells only is known."
+        msg = f"n_neighbors={n_neighbors}, but the expression of {len(x)} cells only is known: ask for fewer."
         raise ValueError(msg)
     neighbors = KNeighborsRegressor(n_neighbors, weights="distance")
-    return neighbors.fit(x, expression).predict(np.asarray(x_new))
+    return neighbors.fit(x, expression).predict(x_new)
 
 
 def imputation_correlation(imputed: ArrayLike, measured: ArrayLike) -> np.ndarray:
@@ -532,16 +545,16 @@ def imputation_correlation(imputed: ArrayLike, measured: ArrayLike) -> np.ndarra
     Parameters
     ----------
     imputed, measured
-        Cells x genes.
+        Cells x genes. A sparse matrix is made dense.
 
     Returns
     -------
-    float64, one for each gene; NaN where either is the same in all cells.
+    float64, one for each gene; NaN where either is the same in all cells, or NaN in any of them.
 
     Raises
     ------
     ValueError
-        They have different cells or genes.
+        They have different cells or genes, or are no matrices.
 
     Examples
     --------
@@ -549,7 +562,7 @@ def imputation_correlation(imputed: ArrayLike, measured: ArrayLike) -> np.ndarra
     >>> arrays.imputation_correlation([[0.1, 5], [0.2, 4], [0.9, 3]], [[0, 1], [1, 2], [7, 3]])
     array([ 1., -1.])
     """
-    imputed, measured = np.asarray(imputed), np.asarray(measured)
+    imputed, measured = _matrix("imputed", imputed), _matrix("measured", measured)
     if imputed.shape != measured.shape:
         msg = f"{imputed.shape} values were imputed and {measured.shape} measured; cells and genes must be the same."
         raise ValueError(msg)
@@ -600,6 +613,15 @@ def clr(counts: ArrayLike) -> np.ndarray:
 def _random_state(seed: int) -> int:
     """A seed of any size, as one that scikit-learn and pynndescent take."""
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _matrix(name: str, values: ArrayLike | spmatrix | sparray) -> np.ndarray:
+    """``values`` as a dense matrix of float64; else a ValueError."""
+    values = np.asarray(values.toarray() if issparse(values) else values, dtype=np.float64)
+    if values.ndim != 2:
+        msg = f"{name} has the shape {values.shape}; a matrix is needed, with a row for each cell."
+        raise ValueError(msg)
+    return values
 
 
 def _degrees(graph: csr_matrix) -> np.ndarray:
