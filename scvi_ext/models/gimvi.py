@@ -154,27 +154,8 @@ dropout_rate_decoder
     ):
         nn.Module.__init__(self)  # its parts are those of several data sets
         n_heads = len(dim_input_list)
-        every = np.arange(total_genes)
-        genes = [every[m] if isinstance(m, slice) else np.asarray(m, dtype=np.int64) for m in indices_mappings]
-        for positions in genes:
-            outside = positions[(positions < 0) | (positions >= total_genes)]
-            _refuse(len(outside), f"indices_mappings name genes {outside[:3]} of {total_genes}: they count from 0.")
-        of_each = {
-            "indices_mappings": [len(g) for g in genes],
-            "reconstruction_losses": reconstruction_losses,
-            "model_library_bools": model_library_bools,
-        }
-        for name, values in of_each.items():
-            _refuse(len(values) != n_heads, f"{name} has {len(values)} entries; there are {n_heads} data sets.")
-        _refuse(of_each["indices_mappings"] != list(dim_input_list), "indices_mappings do not fit dim_input_list.")
-        for positions in genes:
-            _refuse(len(np.unique(positions)) < len(positions), "indices_mappings name a gene twice.")
-        for likelihood in reconstruction_losses:
-            one_of("reconstruction_losses", likelihood, ("zinb", "nb", "poisson"))
-        for latent in model_library_bools:
-            _refuse(
-                latent not in (True, False), f"model_library_bools holds {latent!r}; True or False is needed for each."
-            )
+        genes = _positions(indices_mappings, dim_input_list, total_genes)
+        _check_each(n_heads, reconstruction_losses, model_library_bools)
         one_of("dispersion", dispersion, ("gene", "gene-batch", "gene-label", "gene-cell"))
         one_of("fool_step", fool_step, ("joint", "separate"))
         with_theta = any(likelihood != "poisson" for likelihood in reconstruction_losses)
@@ -196,7 +177,7 @@ dropout_rate_decoder
         self.kappa, self.kappa_fades, self.fools_before = kappa, kappa_fades, fool_step == "separate"
         self.reconstruction_losses = tuple(reconstruction_losses)
         self.total_genes, self.n_labels = total_genes, n_labels
-        self.has_all = [np.array_equal(positions, every) for positions in genes]
+        self.has_all = [np.array_equal(positions, np.arange(total_genes)) for positions in genes]
         for i, positions in enumerate(genes):
             self.register_buffer(f"genes_{i}", torch.as_tensor(positions))
         self.covariates = Covariates(n_batch, (), 0, "one-hot")
@@ -561,6 +542,34 @@ class _speaking_of:
 def _refuse(condition: object, msg: str) -> None:
     if condition:
         raise ValueError(msg)
+
+
+def _positions(
+    mappings: Sequence[Sequence[int] | slice], dim_input_list: Sequence[int], total_genes: int
+) -> list[np.ndarray]:
+    """Of each data set, the positions of its genes among all, checked."""
+    _refuse(
+        len(mappings) != len(dim_input_list),
+        f"indices_mappings has {len(mappings)} entries; there are {len(dim_input_list)} data sets.",
+    )
+    every = np.arange(total_genes)
+    genes = [every[m] if isinstance(m, slice) else np.asarray(m, dtype=np.int64) for m in mappings]
+    for positions, n_input in zip(genes, dim_input_list, strict=True):
+        outside = positions[(positions < 0) | (positions >= total_genes)]
+        _refuse(len(outside), f"indices_mappings name genes {outside[:3]} of {total_genes}: they count from 0.")
+        _refuse(len(np.unique(positions)) < len(positions), "indices_mappings name a gene twice.")
+        _refuse(len(positions) != n_input, "indices_mappings do not fit dim_input_list.")
+    return genes
+
+
+def _check_each(n_heads: int, losses: Sequence[str], latent_libraries: Sequence[bool]) -> None:
+    """Raise a ValueError unless there is a likelihood and a kind of library for each data set."""
+    for name, values in {"reconstruction_losses": losses, "model_library_bools": latent_libraries}.items():
+        _refuse(len(values) != n_heads, f"{name} has {len(values)} entries; there are {n_heads} data sets.")
+    for likelihood in losses:
+        one_of("reconstruction_losses", likelihood, ("zinb", "nb", "poisson"))
+    for latent in latent_libraries:
+        _refuse(latent not in (True, False), f"model_library_bools holds {latent!r}; True or False is needed for each.")
 
 
 def _check_numbers(given: dict) -> None:
