@@ -240,6 +240,10 @@ def test_what_is_impossible_or_without_effect_is_refused(options, message):
 def test_mappings_must_fit_the_numbers_of_genes():
     with pytest.raises(ValueError, match="indices_mappings do not fit dim_input_list"):
         JVAE([3, 2], 5, [[0, 1, 2], [1, 3, 4]], ["zinb", "nb"], [False, False])
+    with pytest.raises(ValueError, match=r"indices_mappings name genes \[7\] of 5"):
+        JVAE([3, 2], 5, [[0, 1, 2], [3, 7]], ["zinb", "nb"], [False, False])
+    with pytest.raises(ValueError, match="indices_mappings name a gene twice"):
+        JVAE([3, 2], 5, [[0, 1, 2], [3, 3]], ["zinb", "nb"], [False, False])
     slices = JVAE([5, 2], 5, [slice(None), slice(1, 3)], ["zinb", "nb"], [False, False])
     assert slices.has_all == [True, False]
     assert slices.genes_1.tolist() == [1, 2]
