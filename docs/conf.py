@@ -1,18 +1,11 @@
-"""Sphinx configuration. The build needs no network: nothing is looked up, and the executed pages use bundled data.
-
-One page uses data that are downloaded. It is left out where they cannot be had.
-"""
+"""Sphinx configuration. The build needs no network: nothing is looked up, and the executed pages use bundled data."""
 
 from __future__ import annotations
 
 from importlib.metadata import version as installed_version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import scanpy as sc
 from numpydoc.docscrape_sphinx import SphinxDocString
-
-import scvi_ext as sx
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -31,7 +24,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "jupyter_execute", "tutorials"]
+exclude_patterns = ["_build", "jupyter_execute"]
 
 html_theme = "furo"
 html_title = f"scvi_ext {release}"
@@ -53,22 +46,6 @@ autodoc_member_order = "bysource"
 maximum_signature_line_length = 80
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
-
-
-# Where scanpy looks for data sets when a page of the user guide is executed: ./data, beside the page.
-sc.settings.datasetdir = Path(__file__).parent / "user_guide" / "data"
-at_hand = Path(__file__).parents[2] / "shared" / "data"  # the same files, where developers keep them
-for file in at_hand.glob("tests_test_data_pbmc_*_protein_v3.h5ad"):
-    link = sc.settings.datasetdir / f"{file.stem.removeprefix('tests_test_data_')}_200_cells.h5ad"
-    link.parent.mkdir(exist_ok=True)
-    if not link.exists():
-        link.symlink_to(file)
-try:
-    sx.datasets.pbmc_cite_seq()
-except (ImportError, OSError) as error:
-    print(f"user_guide/citeseq.md is left out: {error}")
-    exclude_patterns.append("user_guide/citeseq.md")
-    suppress_warnings = ["toc.excluded", "toc.not_readable", "myst.xref_missing", "ref.doc"]
 
 
 def _free_text(docstring: SphinxDocString, name: str = "Returns") -> list[str]:
