@@ -109,6 +109,7 @@ def fit(
     resume: Mapping[str, np.ndarray] | None = None,
     show_progress: bool | None = None,
     announce: Callable[[float, str], None] = lambda seconds, how: None,
+    after_epoch: Callable[[Mapping[str, float], float], bool] | None = None,
 ) -> tuple[Progress, dict[str, np.ndarray]]:
     """Train ``module`` in place.
 
@@ -139,6 +140,8 @@ def fit(
         Whether to show a bar; None shows it where somebody can see it.
     announce
         Called once with the predicted seconds, and how a step is carried out where there is something to say.
+    after_epoch
+        Called with the row of the history and the share of the plan that is done; True gives the run up.
 
     Returns
     -------
@@ -158,7 +161,7 @@ def fit(
         # A held-out cell costs about a third of a trained one: forward without backward.
         steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * plan.batch_size * plan.steps_per_epoch))
         announce(seconds_per_step * steps, ", ".join(filter(None, (how, block.note))))
-        _train(step, run, plan, epochs, progress, train, validation, patience, show_progress)
+        _train(step, run, plan, epochs, progress, train, validation, patience, show_progress, after_epoch)
     progress.stop_reason = progress.stop_reason or "finished"
     progress.sums = step.sums.tolist()
     checkpoint = make_checkpoint(module, step.optimizer, device, progress)
@@ -178,6 +181,7 @@ def _train(
     validation: np.ndarray,
     patience: int | None,
     show_progress: bool | None,
+    after_epoch: Callable[[Mapping[str, float], float], bool] | None,
 ) -> None:
     """Carry out what is left of the plan."""
     module = step.module
@@ -219,6 +223,8 @@ def _train(
             bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
             if patience is not None and len(validation):
                 _remember_best(module, progress, epoch, patience)
+            if after_epoch is not None and after_epoch(history, progress.step / plan.n_steps):
+                progress.stop_reason = progress.stop_reason or "pruned"
             if interrupt.requested and progress.step < plan.n_steps and not progress.stop_reason:
                 progress.stop_reason = "interrupted"
         progress.ctrl_c = interrupt.requested

@@ -3,40 +3,32 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
 from scanpy import logging as logg
 
 from scvi_ext import models, results
-from scvi_ext._contract import Capability, SavedFit
+from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.registry import read_fit, read_root
-from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import check_in_memory
-from scvi_ext.engine import fit as engine
-from scvi_ext.engine.checkpoint import module_arrays
-from scvi_ext.engine.device import check_precision, resolve_device, resolve_seed, seeded
-from scvi_ext.engine.map_cells import map_cells
+from scvi_ext.engine.device import resolve_device
 from scvi_ext.functional import fused
-from scvi_ext.functional.calibration import fit_temperature
-from scvi_ext.tl._prepare_fit import prepare, reopen
-from scvi_ext.tl._prepare_joint import check_datasets, prepare_joint, reopen_joint, split_joint
+from scvi_ext.tl._prepare_fit import reopen
+from scvi_ext.tl._prepare_joint import check_datasets, reopen_joint
+from scvi_ext.tl._train import Prepared, prepare_new, train
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from typing import Any, Literal
 
     import torch
     from anndata import AnnData
-    from torch import nn
 
-    from scvi_ext._contract import ModelSpec
+    from scvi_ext._contract import SavedFit
     from scvi_ext.data.store import CellStore
     from scvi_ext.engine.fit import Progress
-    from scvi_ext.engine.plan import Plan
 
 
 def fit(
@@ -162,7 +154,8 @@ def fit(
     ----------
     Lopez et al. (2018), Nature Methods 15, 1053. Svensson et al. (2020), Bioinformatics 36, 3418.
     """
-    asked = {k: v for k, v in locals().items() if k in _RUN_ARGUMENTS and v != _DEFAULTS[k]} | model_params
+    asked = {k: v for k, v in locals().items() if k in _RUN_ARGUMENTS and v != DEFAULTS[k]} | model_params
+    options = {name: value for name, value in locals().items() if name in DEFAULTS}
     check_datasets(adata, models.get(model))
     several = isinstance(adata, Mapping)
     for part in adata.values() if several else ():
@@ -171,84 +164,31 @@ def fit(
         adata = {name: part.copy() for name, part in adata.items()} if several else adata.copy()
     target = resolve_device(device)
     if resume:
-        fits, module, store, plan_, resumed_from = (reopen_joint if several else reopen)(adata, key_added, model, asked)
+        start = Prepared(*(reopen_joint if several else reopen)(adata, key_added, model, asked))
     else:
-        fits, module, store, plan_ = (prepare_joint if several else prepare)(
-            adata,
-            model,
-            model_params,
-            keywords=[name for name in _DEFAULTS if name not in ("adata", "model", "model_params")],
-            key_added=key_added,
-            plan={
-                "name": plan,
-                "batch_size": batch_size,
-                "max_epochs": max_epochs,
-                "lr": lr,
-                "kl_warmup": kl_warmup,
-                "weight_decay": weight_decay,
-            },
-            split={"train_size": train_size, "validation_size": validation_size},
-            init_from=init_from,
-            n_samples_per_label=n_samples_per_label,
-            early_stopping=early_stopping,
-            seed=resolve_seed(seed),
-            checkpoint=checkpoint,
-            precision=check_precision(precision, target),
-        )
-        resumed_from = None
-
-    run, spec = fits[0].run, models.get(model)
-    streams = store.streams if several else spec.streams
-    split = {"train_size": run["train_size"], "validation_size": run.get("validation_size")}
-    train, validation = (
-        split_joint(store, split, run["seed"]) if several else split_cells(store.n_cells, **split, seed=run["seed"])
+        start = prepare_new(adata, model, options, model_params, keywords=KEYWORDS, device=target)
+    began = _log_start(start)
+    done, fits = train(
+        start,
+        target,
+        keep_checkpoint=checkpoint,
+        show_progress=progress,
+        announce=lambda seconds, how: _log_plan(start, seconds, target, how),
     )
-    with seeded(run["seed"] + 1, target):  # initial weights took run["seed"]
-        learned = any(stream.labelled_only for stream in streams)
-        labelled = f" ({(store.labels[train] >= 0).sum()} with a label)" if learned else ""
-        of_datasets = f" of the data sets {listing(store.names)}" if several else ""
-        start = logg.info(
-            f"fitting {model} on {len(train)} cells{labelled} x {store.n_genes} genes{of_datasets}, "
-            f"{len(validation)} held out"
-        )
-        done, state_of_run = engine.fit(
-            module,
-            store,
-            plan_,
-            train=train,
-            validation=validation,
-            seed=run["seed"],
-            device=target,
-            streams=streams,
-            n_samples_per_label=run.get("n_samples_per_label"),
-            precision=run.get("precision", "float32"),
-            patience=run.get("patience"),
-            resume=resumed_from,
-            show_progress=progress,
-            announce=lambda seconds, how: _log_plan(plan_, seconds, target, spec, module, how),
-        )
 
     interrupted = done.stop_reason == "interrupted"
     parts = [adata[fitted.joint["dataset"]] for fitted in fits] if several else [adata]
-    key = fits[0].key
-    if interrupted and not resume and any(_is_finished(part, key) for part in parts):
-        key = f"{key}_interrupted"  # what was complete is not given up for it
-    learned = {
-        "key": key,
-        "state": module_arrays(module),
-        "history": _history(done),
-        "status": _status(done, plan_, store, target, run["seed"])
-        | _calibration(done, spec, module, store, validation),
-        "checkpoint": state_of_run if run["checkpoint"] or checkpoint or interrupted else None,
-    }
+    if interrupted and not resume and any(_is_finished(part, fits[0].key) for part in parts):
+        # What was complete is not given up for it.
+        fits = [replace(fitted, key=f"{fitted.key}_interrupted") for fitted in fits]
     for part, fitted in zip(parts, fits, strict=True):
-        results.write_fit(part, replace(fitted, **learned))
-    _report(done, replace(fits[0], **learned), store)
-    where = f" of each of the data sets {listing(store.names)}" if several else ""
+        results.write_fit(part, fitted)
+    _report(done, fits[0], start.store)
+    where = f" of each of the data sets {listing(start.store.names)}" if several else ""
     logg.info(
         f"    {done.stop_reason} after {len(done.history)} epochs",
-        time=start,
-        deep=f"added\n    {key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}]{where})",
+        time=began,
+        deep=f"added\n    {fits[0].key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}]{where})",
     )
     if done.ctrl_c and not copy:
         raise KeyboardInterrupt
@@ -260,26 +200,26 @@ _RUN_ARGUMENTS = {
     "n_samples_per_label",
     *("lr", "plan", "kl_warmup", "weight_decay", "precision", "seed"),
 }
-_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
+KEYWORDS = [name for name in DEFAULTS if name not in ("adata", "model", "model_params")]
 
 
-def _calibration(
-    done: Progress, spec: ModelSpec, module: nn.Module, store: CellStore, held_out: np.ndarray
-) -> dict[str, Any]:
-    """The temperature of the classifier, fitted to held-out cells with a label (1 where there is none)."""
-    if Capability.LABELS not in spec.capabilities:
-        return {}
-    cells = np.setdiff1d(held_out[store.labels[held_out] >= 0], done.excluded)
-    labelled = store.take(cells)
-    device = next(module.parameters()).device
-    parts = map_cells(lambda cells, draws: (module.encode_label(cells),), module, labelled, device=device)
-    log_qy = [log_qy for _, (log_qy,) in parts]
-    temperature = fit_temperature(np.concatenate(log_qy), labelled.labels) if log_qy else 1.0
-    return {"temperature": temperature, "n_calibration": len(cells)}
+def _log_start(start: Prepared) -> datetime:
+    """Say what is fitted; the time."""
+    train, validation = start.split()
+    store = start.store
+    learned = any(stream.labelled_only for stream in start.streams)
+    labelled = f" ({(store.labels[train] >= 0).sum()} with a label)" if learned else ""
+    of_datasets = f" of the data sets {listing(store.names)}" if start.fits[0].joint is not None else ""
+    return logg.info(
+        f"fitting {start.spec.name} on {len(train)} cells{labelled} x {store.n_genes} genes{of_datasets}, "
+        f"{len(validation)} held out"
+    )
 
 
-def _log_plan(plan: Plan, seconds: float, device: torch.device, spec: ModelSpec, module: nn.Module, how: str) -> None:
-    generates = Capability.COUNTS in spec.capabilities
+def _log_plan(start: Prepared, seconds: float, device: torch.device, how: str) -> None:
+    plan, module = start.plan, start.module
+    generates = Capability.COUNTS in start.spec.capabilities
     if generates:
         dtype = next(module.parameters()).dtype
         kernels = [fused.choose(name, device.type, dtype)[1] for name in dict.fromkeys(module.likelihoods)]
@@ -307,36 +247,6 @@ def _duration(seconds: float) -> str:
 def _is_finished(adata: AnnData, key: str) -> bool:
     fits = read_root(adata).get(UNS.fits, {})
     return key in fits and read_fit(adata, key).status.get("stop_reason") != "interrupted"
-
-
-def _history(done: Progress) -> pd.DataFrame:
-    history = pd.DataFrame(done.history)
-    history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
-    return history
-
-
-def _status(done: Progress, plan: Plan, store: CellStore, device: object, seed: int) -> dict[str, Any]:
-    suspects = sorted({i for event in done.events for i in event.suspects})
-    genes = sorted({i for event in done.events for i in event.genes})
-    return {
-        "steps": done.step,
-        "epochs": len(done.history),
-        "stop_reason": done.stop_reason,
-        "kl_weight_final": plan.kl_weight_at(max(done.step - 1, 0)),
-        "best_epoch": done.best_epoch + 1 if done.best_state is not None else None,
-        "non_finite_events": len(done.events),
-        "non_finite_cells": _names(store.obs_names, done.excluded),
-        "non_finite_suspects": _names(store.obs_names, suspects),
-        "non_finite_genes": _names(store.var_names, genes),
-        "device": str(device),
-        "seed": seed,
-        "data": store.fingerprint(),
-        "versions": {name: version(name) for name in ("scvi-ext", "torch", "anndata", "numpy")},
-    }
-
-
-def _names(names: Any, positions: list[int]) -> list[str] | None:
-    return [str(names[i]) for i in positions] or None
 
 
 def _report(done: Progress, fitted: SavedFit, store: CellStore) -> None:

@@ -1,0 +1,178 @@
+"""A fit from its options to what is kept of it: prepared, trained, described. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from scvi_ext import models
+from scvi_ext._contract import Capability
+from scvi_ext.data.sampler import split_cells
+from scvi_ext.engine import fit as engine
+from scvi_ext.engine.checkpoint import module_arrays
+from scvi_ext.engine.device import check_precision, resolve_seed, seeded
+from scvi_ext.engine.map_cells import map_cells
+from scvi_ext.functional.calibration import fit_temperature
+from scvi_ext.tl._prepare_fit import prepare
+from scvi_ext.tl._prepare_joint import prepare_joint, split_joint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    import torch
+    from anndata import AnnData
+    from torch import nn
+
+    from scvi_ext._contract import ModelSpec, SavedFit, Stream
+    from scvi_ext.data.joint import JointStore
+    from scvi_ext.data.store import CellStore
+    from scvi_ext.engine.fit import Progress
+    from scvi_ext.engine.plan import Plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a fit starts from: a fit of each data set that is still empty, module, cells and plan."""
+
+    fits: list[SavedFit]
+    module: nn.Module
+    store: CellStore | JointStore
+    plan: Plan
+    checkpoint: Mapping[str, np.ndarray] | None = None  # of a run that goes on
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The declaration of the model."""
+        return models.get(self.fits[0].model)
+
+    @property
+    def streams(self) -> Sequence[Stream]:
+        """The minibatches that its loss takes."""
+        return self.spec.streams if self.fits[0].joint is None else self.store.streams
+
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the cells that are trained on, and of those held out."""
+        run = self.fits[0].run
+        sizes = {"train_size": run["train_size"], "validation_size": run.get("validation_size")}
+        if self.fits[0].joint is not None:
+            return split_joint(self.store, sizes, run["seed"])
+        return split_cells(self.store.n_cells, **sizes, seed=run["seed"])
+
+
+def prepare_new(
+    adata: AnnData | Mapping[str, AnnData],
+    model: str,
+    options: Mapping[str, Any],
+    model_params: dict[str, Any],
+    *,
+    keywords: Sequence[str],
+    device: torch.device,
+) -> Prepared:
+    """Check everything about a new fit, with ``options`` as :func:`~scvi_ext.tl.fit` takes them, and read the cells."""
+    several = isinstance(adata, Mapping)
+    of_plan = ("batch_size", "max_epochs", "lr", "kl_warmup", "weight_decay")
+    as_they_are = ("key_added", "init_from", "n_samples_per_label", "early_stopping", "checkpoint")
+    return Prepared(
+        *(prepare_joint if several else prepare)(
+            adata,
+            model,
+            model_params,
+            keywords=keywords,
+            plan={"name": options["plan"], **{name: options[name] for name in of_plan}},
+            split={name: options[name] for name in ("train_size", "validation_size")},
+            seed=resolve_seed(options["seed"]),
+            precision=check_precision(options["precision"], device),
+            **{name: options[name] for name in as_they_are},
+        )
+    )
+
+
+def train(
+    start: Prepared,
+    device: torch.device,
+    *,
+    keep_checkpoint: bool = False,
+    show_progress: bool | None = None,
+    announce: Callable[[float, str], None] = lambda seconds, how: None,
+    after_epoch: Callable[[Mapping[str, float], float], bool] | None = None,
+) -> tuple[Progress, list[SavedFit]]:
+    """Train the module; how that went, and the fits as they are now. For callbacks see the engine."""
+    module, store, plan, run = start.module, start.store, start.plan, start.fits[0].run
+    train, validation = start.split()
+    with seeded(run["seed"] + 1, device):  # initial weights took run["seed"]
+        done, state_of_run = engine.fit(
+            module,
+            store,
+            plan,
+            train=train,
+            validation=validation,
+            seed=run["seed"],
+            device=device,
+            streams=start.streams,
+            n_samples_per_label=run.get("n_samples_per_label"),
+            precision=run.get("precision", "float32"),
+            patience=run.get("patience"),
+            resume=start.checkpoint,
+            show_progress=show_progress,
+            announce=announce,
+            after_epoch=after_epoch,
+        )
+    keeps = keep_checkpoint or run["checkpoint"] or done.stop_reason == "interrupted"
+    learned = {
+        "state": module_arrays(module),
+        "history": _history(done),
+        "status": _status(done, start, device) | _calibration(done, start, validation),
+        "checkpoint": state_of_run if keeps else None,
+    }
+    return done, [replace(fitted, **learned) for fitted in start.fits]
+
+
+def _calibration(done: Progress, start: Prepared, held_out: np.ndarray) -> dict[str, Any]:
+    """The temperature of the classifier, fitted to held-out cells with a label (1 where there is none)."""
+    if Capability.LABELS not in start.spec.capabilities:
+        return {}
+    module, store = start.module, start.store
+    cells = np.setdiff1d(held_out[store.labels[held_out] >= 0], done.excluded)
+    labelled = store.take(cells)
+    device = next(module.parameters()).device
+    parts = map_cells(lambda cells, draws: (module.encode_label(cells),), module, labelled, device=device)
+    log_qy = [log_qy for _, (log_qy,) in parts]
+    temperature = fit_temperature(np.concatenate(log_qy), labelled.labels) if log_qy else 1.0
+    return {"temperature": temperature, "n_calibration": len(cells)}
+
+
+def _history(done: Progress) -> pd.DataFrame:
+    history = pd.DataFrame(done.history)
+    history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
+    return history
+
+
+def _status(done: Progress, start: Prepared, device: torch.device) -> dict[str, Any]:
+    store = start.store
+    suspects = sorted({i for event in done.events for i in event.suspects})
+    genes = sorted({i for event in done.events for i in event.genes})
+    return {
+        "steps": done.step,
+        "epochs": len(done.history),
+        "stop_reason": done.stop_reason,
+        "kl_weight_final": start.plan.kl_weight_at(max(done.step - 1, 0)),
+        "best_epoch": done.best_epoch + 1 if done.best_state is not None else None,
+        "non_finite_events": len(done.events),
+        "non_finite_cells": _names(store.obs_names, done.excluded),
+        "non_finite_suspects": _names(store.obs_names, suspects),
+        "non_finite_genes": _names(store.var_names, genes),
+        "device": str(device),
+        "seed": start.fits[0].run["seed"],
+        "data": store.fingerprint(),
+        "versions": {name: version(name) for name in ("scvi-ext", "torch", "anndata", "numpy")},
+    }
+
+
+def _names(names: Any, positions: list[int]) -> list[str] | None:
+    return [str(names[i]) for i in positions] or None
