@@ -62,7 +62,7 @@ def pbmc_cite_seq() -> ad.AnnData:
     et al. (2021), Nature Methods 18, 272.
     """
     parts = {
-        name: _read(download(_URL.format(name), f"pbmc_{name}_protein_v3_200_cells.h5ad", sha256))
+        name: _read(download(_URL.format(name), f"pbmc_{name}_protein_v3_200_cells.h5ad", f"sha256:{sha256}"))
         for name, sha256 in _SHA256.items()
     }
     proteins = [part.obsm.pop("protein_expression") for part in parts.values()]

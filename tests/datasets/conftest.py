@@ -1,12 +1,101 @@
 from __future__ import annotations
 
+import threading
 import warnings
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from scipy.sparse import issparse
+
+
+@pytest.fixture
+def datasetdir(tmp_path, monkeypatch):
+    """An empty folder where data sets are kept, and no waiting between attempts to download one."""
+    before = sc.settings.datasetdir
+    sc.settings.datasetdir = tmp_path / "data"
+    monkeypatch.setattr(import_module("scvi_ext.datasets._download"), "sleep", lambda seconds: None)
+    yield sc.settings.datasetdir
+    sc.settings.datasetdir = before
+
+
+@dataclass
+class Host:
+    """A web server for files that the test hands it, which notes what it was asked for and what it has sent."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    requests: list[dict[str, str]] = field(default_factory=list)  # headers, with "path"
+    sent: list[int] = field(default_factory=list)  # bytes of content, of each answer
+    # How it behaves.
+    ranges: bool = True
+    marks: bool = True  # sends ETag
+    heed_if_range: bool = True
+    cut_after: list[int] = field(default_factory=list)  # of the next answers: bytes before the connection ends
+    errors: list[int] = field(default_factory=list)  # of the next answers: status
+
+    def tag(self, name: str) -> str:
+        return f'"{hash(self.files[name])}"'
+
+
+@pytest.fixture
+def host():
+    """A :class:`Host` on this machine; ``host.files["a.csv"] = b"..."`` is at ``host.url + "a.csv"``."""
+    host = Host()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            name = self.path.removeprefix("/")
+            host.requests.append({**self.headers, "path": self.path})
+            host.sent.append(0)
+            self.close_connection = True
+            if host.errors or name not in host.files:
+                return self.answer(host.errors.pop(0) if host.errors else 404, b"", {})
+            content, tag = host.files[name], host.tag(name)
+            headers = {"ETag": tag} if host.marks else {}
+            first = self.first(tag)
+            if first is None:
+                return self.answer(200, content, headers)
+            if first >= len(content):
+                return self.answer(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
+            span = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            return self.answer(206, content[first:], {**headers, "Content-Range": span})
+
+        def first(self, tag):
+            asked = self.headers.get("Range")
+            if asked is None or not host.ranges:
+                return None
+            if host.heed_if_range and self.headers.get("If-Range", tag) != tag:
+                return None
+            return int(asked.removeprefix("bytes=").removesuffix("-"))
+
+        def answer(self, status, content, headers):
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(content)), "Connection": "close"}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            end = host.cut_after.pop(0) if content and host.cut_after else len(content)
+            self.wfile.write(content[:end])
+            host.sent[-1] = len(content[:end])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    host.url = f"http://127.0.0.1:{server.server_port}/"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield host
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 @pytest.fixture(params=["h5ad", "zarr"])
