@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from ._cite_seq import cite_seq
+from ._cortex import cortex
+from ._loom import frontal_cortex_dropseq, prefrontal_cortex_starmap, retina
 from ._pbmc68k_counts import pbmc68k_counts
 from ._pbmc_cite_seq import pbmc_cite_seq
+from ._seqfish import seqfish, seqfish_plus
+from ._smfish import smfish
+from ._spatial_csv import breast_cancer, mouse_ob
 from ._synthetic import (
     synthetic_cite,
     synthetic_corr,
@@ -14,8 +20,18 @@ from ._synthetic import (
 )
 
 __all__ = [
+    "breast_cancer",
+    "cite_seq",
+    "cortex",
+    "frontal_cortex_dropseq",
+    "mouse_ob",
     "pbmc68k_counts",
     "pbmc_cite_seq",
+    "prefrontal_cortex_starmap",
+    "retina",
+    "seqfish",
+    "seqfish_plus",
+    "smfish",
     "synthetic_cite",
     "synthetic_corr",
     "synthetic_iid",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 
@@ -96,6 +96,20 @@ def host():
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def offer(host, datasetdir, monkeypatch):
+    """Offer a small file in place of that of a data set: ``offer(module, "_FILE", content, shape)``."""
+
+    def offer(module, name, content, shape=None):
+        file = getattr(module, name)
+        host.files[file.name] = content
+        monkeypatch.setattr(
+            module, name, replace(file, url=host.url + file.name, checksum=None, size=None, shape=shape)
+        )
+
+    return offer
 
 
 @pytest.fixture(params=["h5ad", "zarr"])
