@@ -246,6 +246,7 @@ CHECKS = {
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
+    "python3": check_python,
     "pytest": check_pytest,
     "pre-commit": check_nothing,
     "git": check_nothing,
