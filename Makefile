@@ -3,9 +3,12 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
+TORCH := $(shell grep '^torch==' constraints.txt)
+WHEEL_VENV := build/wheel
 
-.PHONY: venv demo test docs lint bench clean
+.PHONY: venv demo test docs lint bench dist demo-wheel clean
 
 venv: $(VENV)/.installed-test
 
@@ -25,6 +28,21 @@ lint: $(VENV)/.installed-dev
 bench: venv
 	$(BIN)/python benchmarks/fit.py
 
+# sdist and wheel, and nothing else, in dist/.
+dist: venv
+	rm -rf dist
+	$(PIP) build
+	$(BIN)/python -m build
+
+# The demo as somebody runs it who has the wheel and no clone.
+demo-wheel: dist
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python $(INSTALL) $(TORCH)
+	$(WHEEL_VENV)/bin/python $(INSTALL) dist/*.whl igraph
+	cp docs/tutorials/demo.py $(WHEEL_VENV)
+	cd $(WHEEL_VENV) && bin/python demo.py
+
 clean:
 	rm -rf $(VENV) build dist demo docs/_build .pytest_cache .ruff_cache
 
@@ -32,7 +50,7 @@ clean:
 $(VENV)/.torch: constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found as python3.11 or python3. Name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
+	$(PIP) $(TORCH)
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.torch
