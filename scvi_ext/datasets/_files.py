@@ -105,7 +105,7 @@ def categories(codes: np.ndarray, names: np.ndarray | list[str], file: File) -> 
     """Names in their order, of codes 0, 1, ..."""
     if unknown := sorted(set(codes) - set(range(len(names)))):
         raise file.is_wrong(f"has the codes {listing(unknown, 3)}, expected 0 to {len(names) - 1}")
-    return pd.Categorical.from_codes(codes.astype(int), categories=list(names))
+    return pd.Categorical.from_codes(codes.astype(int), categories=np.asarray(names).tolist())
 
 
 def as_text(codes: np.ndarray) -> pd.Categorical:
