@@ -90,7 +90,7 @@ def test_blocks_are_found():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_says_what_it_is(page):
     """Then each one is executed by the build, run or checked below, or plain text."""
-    known = {"python", "bash", "text", "toml", "yaml", "bibtex"}
+    known = {"python", "bash", "text", "console"}
     cells = re.compile(r"\{code-cell\} (python|ipython3)$")
     for block in blocks(read(page)):
         where = f"{page}, line {block.line}"
