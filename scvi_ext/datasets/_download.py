@@ -310,9 +310,10 @@ def _discard(part: Path) -> None:
 
 
 def extract(archive: Path, wanted: Callable[[str], bool], folder: Path) -> dict[str, Path]:
-    """Extract the files that are wanted from a tar or zip archive into a folder, and nothing else.
+    """Extract the files that are wanted from a tar or zip archive straight into a folder, and nothing else.
 
-    What the archive calls them never decides where anything is written; links are passed over.
+    Folders in the archive are dropped, so that what it calls its files never decides where one is written; links are
+    passed over.
 
     Parameters
     ----------
@@ -325,17 +326,23 @@ def extract(archive: Path, wanted: Callable[[str], bool], folder: Path) -> dict[
 
     Returns
     -------
-    Path in the archive -> path of the file, in the order of the archive. Each is in a folder of its own, under the
-    last part of its name.
+    Name of the file, without folders -> where it is, in the order of the archive.
+
+    Raises
+    ------
+    ValueError
+        Two of the files that are wanted have the same name.
     """
     found: dict[str, Path] = {}
 
-    def put(name: str, open_it: Callable[[], IO[bytes]]) -> None:
-        last = PurePosixPath(name.replace("\\", "/")).name
-        if last in ("", "..") or not wanted(name):
+    def put(path: str, open_it: Callable[[], IO[bytes]]) -> None:
+        name = PurePosixPath(path.replace("\\", "/")).name
+        if name in ("", "..") or not wanted(path):
             return
-        found[name] = folder / str(len(found)) / last
-        found[name].parent.mkdir()
+        if name in found:
+            msg = f"{str(archive)!r} has two files that are called {name!r}, the second at {path!r}; one is expected."
+            raise ValueError(msg)
+        found[name] = folder / name
         with open_it() as content, found[name].open("wb") as file:
             shutil.copyfileobj(content, file)
 

@@ -372,17 +372,23 @@ def test_only_what_is_wanted_is_extracted_and_never_elsewhere(tmp_path, suffix):
     folder = tmp_path / "in"
     folder.mkdir()
     files = {
-        "top/a/counts.csv": b"1",
-        "top/b/counts.csv": b"2",
+        "top/a/1.csv": b"1",
         "top/readme.txt": b"no",
-        "../../counts.csv": b"3",
-        f"{tmp_path}/counts.csv": b"4",
-        "..": b"5",
+        "../../2.csv": b"2",
+        f"{tmp_path}/3.csv": b"3",
+        "..": b"4",
     }
     if suffix != "zip":
-        files["link/counts.csv->/etc/passwd"] = b""
-    found = module.extract(archive(tmp_path / f"x.{suffix}", files), lambda name: name.endswith((".csv", "..")), folder)
-    assert [path.read_bytes() for path in found.values()] == [b"1", b"2", b"3", b"4"]
-    assert list(found)[:3] == ["top/a/counts.csv", "top/b/counts.csv", "../../counts.csv"]
-    assert all(path.name == "counts.csv" and path.resolve().is_relative_to(folder) for path in found.values())
+        files["5.csv->/etc/passwd"] = b""
+    wanted = lambda name: name.endswith((".csv", ".."))  # noqa: E731
+    found = module.extract(archive(tmp_path / f"x.{suffix}", files), wanted, folder)
+    assert {name: path.read_bytes() for name, path in found.items()} == {"1.csv": b"1", "2.csv": b"2", "3.csv": b"3"}
+    assert all(path.resolve() == folder.resolve() / name for name, path in found.items())
+    assert sorted(path.name for path in folder.iterdir()) == list(found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", f"x.{suffix}"]
+
+
+def test_two_files_of_one_name_are_not_taken_for_each_other(tmp_path):
+    two = archive(tmp_path / "x.zip", {"hg19/matrix.mtx": b"1", "mm10/matrix.mtx": b"2"})
+    with pytest.raises(ValueError, match=r"two files that are called 'matrix\.mtx', the second at 'mm10/matrix\.mtx'"):
+        module.extract(two, lambda name: True, tmp_path)
