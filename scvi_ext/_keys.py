@@ -94,6 +94,10 @@ class FitKeys:
         return f"{self.key}_loss_magnitude"  # uns
 
     @property
+    def tuning(self) -> str:
+        return f"{self.key}_tuning"  # uns
+
+    @property
     def effective_sample_size(self) -> str:
         return f"{self.key}_effective_sample_size"  # obs
 

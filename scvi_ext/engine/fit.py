@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from scvi_ext._contract import CLASSIFICATION, Stream
 from scvi_ext._errors import listing
 from scvi_ext.data.joint import resident
 from scvi_ext.data.sampler import epoch_order, some_of_each_label
+from scvi_ext.engine.bar import progress_bar
 from scvi_ext.engine.checkpoint import (
     Snapshot,
     generator_arrays,
@@ -187,7 +187,10 @@ def _train(
     module = step.module
     origin = module_arrays(module)
     train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
-    with deferred_interrupt() as interrupt, _bar(plan, progress.step, show_progress) as bar:
+    with (
+        deferred_interrupt() as interrupt,
+        progress_bar(plan.n_steps, "fit", "step", show_progress, done=progress.step) as bar,
+    ):
         while progress.step < plan.n_steps and not progress.stop_reason:
             start = progress.step
             epoch, first = divmod(start, plan.steps_per_epoch)
@@ -351,15 +354,6 @@ def _roll_back(
         progress.stop_reason = "non-finite loss"
     elif not event.cells:
         progress.lr_factor /= 2
-
-
-def _bar(plan: Plan, done: int, show: bool | None) -> object:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm.auto warns where a notebook lacks widgets, and falls back to text
-        from tqdm.auto import tqdm
-    # disable=None: shown only where the output is a terminal or a notebook
-    disable = None if show is None else not show
-    return tqdm(total=plan.n_steps, initial=done, desc="fit", unit="step", disable=disable)
 
 
 # ---- the checkpoint: progress beside the state of module, optimiser and generators

@@ -12,6 +12,7 @@ from scvi_ext.get._metrics_df import metrics_df
 from scvi_ext.get._model import model
 from scvi_ext.get._posterior_predictive import posterior_predictive
 from scvi_ext.get._setup import setup
+from scvi_ext.get._tuning_df import tuning_df, tuning_params
 from scvi_ext.get._zero_inflation_df import zero_inflation_df
 from scvi_ext.modalities import takes_mudata
 
@@ -28,6 +29,8 @@ __all__ = [
     "model",
     "posterior_predictive",
     "setup",
+    "tuning_df",
+    "tuning_params",
     "zero_inflation_df",
 ]
 

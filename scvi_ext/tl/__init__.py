@@ -29,6 +29,7 @@ from scvi_ext.tl._loss_magnitude import loss_magnitude
 from scvi_ext.tl._map_query import map_query
 from scvi_ext.tl._posterior_predictive_check import posterior_predictive_check
 from scvi_ext.tl._posterior_predictive_sample import posterior_predictive_sample
+from scvi_ext.tl._tune import tune
 from scvi_ext.tl._within_group_de import within_group_de
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "map_query",
     "posterior_predictive_check",
     "posterior_predictive_sample",
+    "tune",
     "within_group_de",
 ]
 

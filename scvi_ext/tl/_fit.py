@@ -1,34 +1,20 @@
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from scanpy import logging as logg
-
-from scvi_ext import models, results
-from scvi_ext._contract import Capability
-from scvi_ext._errors import listing, warn
-from scvi_ext._keys import UNS
-from scvi_ext.data.registry import read_fit, read_root
+from scvi_ext import models
 from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.device import resolve_device
-from scvi_ext.functional import fused
+from scvi_ext.tl._fit_into import fit_into
 from scvi_ext.tl._prepare_fit import reopen
 from scvi_ext.tl._prepare_joint import check_datasets, reopen_joint
-from scvi_ext.tl._train import Prepared, prepare_new, train
+from scvi_ext.tl._train import OPTIONS, Prepared, prepare_new
 
 if TYPE_CHECKING:
-    from datetime import datetime
     from typing import Any, Literal
 
-    import torch
     from anndata import AnnData
-
-    from scvi_ext._contract import SavedFit
-    from scvi_ext.data.store import CellStore
-    from scvi_ext.engine.fit import Progress
 
 
 def fit(
@@ -154,8 +140,8 @@ def fit(
     ----------
     Lopez et al. (2018), Nature Methods 15, 1053. Svensson et al. (2020), Bioinformatics 36, 3418.
     """
-    asked = {k: v for k, v in locals().items() if k in _RUN_ARGUMENTS and v != DEFAULTS[k]} | model_params
-    options = {name: value for name, value in locals().items() if name in DEFAULTS}
+    options = {name: value for name, value in locals().items() if name in OPTIONS}
+    asked = {k: v for k, v in options.items() if k in _OF_RUN and v != OPTIONS[k]} | model_params
     check_datasets(adata, models.get(model))
     several = isinstance(adata, Mapping)
     for part in adata.values() if several else ():
@@ -166,106 +152,11 @@ def fit(
     if resume:
         start = Prepared(*(reopen_joint if several else reopen)(adata, key_added, model, asked))
     else:
-        start = prepare_new(adata, model, options, model_params, keywords=KEYWORDS, device=target)
-    began = _log_start(start)
-    done, fits = train(
-        start,
-        target,
-        keep_checkpoint=checkpoint,
-        show_progress=progress,
-        announce=lambda seconds, how: _log_plan(start, seconds, target, how),
-    )
-
-    interrupted = done.stop_reason == "interrupted"
-    parts = [adata[fitted.joint["dataset"]] for fitted in fits] if several else [adata]
-    if interrupted and not resume and any(_is_finished(part, fits[0].key) for part in parts):
-        # What was complete is not given up for it.
-        fits = [replace(fitted, key=f"{fitted.key}_interrupted") for fitted in fits]
-    for part, fitted in zip(parts, fits, strict=True):
-        results.write_fit(part, fitted)
-    _report(done, fits[0], start.store)
-    where = f" of each of the data sets {listing(start.store.names)}" if several else ""
-    logg.info(
-        f"    {done.stop_reason} after {len(done.history)} epochs",
-        time=began,
-        deep=f"added\n    {fits[0].key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}]{where})",
-    )
+        start = prepare_new(adata, model, options, model_params, device=target)
+    done = fit_into(adata, start, target, keep_checkpoint=checkpoint, progress=progress)
     if done.ctrl_c and not copy:
         raise KeyboardInterrupt
     return adata if copy else None
 
 
-_RUN_ARGUMENTS = {
-    *("init_from", "max_epochs", "batch_size", "train_size", "validation_size", "early_stopping"),
-    "n_samples_per_label",
-    *("lr", "plan", "kl_warmup", "weight_decay", "precision", "seed"),
-}
-DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
-KEYWORDS = [name for name in DEFAULTS if name not in ("adata", "model", "model_params")]
-
-
-def _log_start(start: Prepared) -> datetime:
-    """Say what is fitted; the time."""
-    train, validation = start.split()
-    store = start.store
-    learned = any(stream.labelled_only for stream in start.streams)
-    labelled = f" ({(store.labels[train] >= 0).sum()} with a label)" if learned else ""
-    of_datasets = f" of the data sets {listing(store.names)}" if start.fits[0].joint is not None else ""
-    return logg.info(
-        f"fitting {start.spec.name} on {len(train)} cells{labelled} x {store.n_genes} genes{of_datasets}, "
-        f"{len(validation)} held out"
-    )
-
-
-def _log_plan(start: Prepared, seconds: float, device: torch.device, how: str) -> None:
-    plan, module = start.plan, start.module
-    generates = Capability.COUNTS in start.spec.capabilities
-    if generates:
-        dtype = next(module.parameters()).dtype
-        kernels = [fused.choose(name, device.type, dtype)[1] for name in dict.fromkeys(module.likelihoods)]
-        how = ", ".join(filter(None, (*kernels, how)))
-    schedule = f"one cycle with peak {plan.lr:g}" if plan.one_cycle else f"constant {plan.lr:g}"
-    kl_weight = f", final KL weight {plan.final_kl_weight:.3g}" if generates else ""
-    logg.info(
-        f"    plan {plan.name!r}: {plan.n_epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} cells, "
-        f"learning rate {schedule}{kl_weight}\n"
-        f"    about {_duration(seconds)} on {device}{f', {how}' if how else ''}"
-    )
-    if generates and plan.final_kl_weight < 1:
-        warn(
-            f"The KL weight ends at {plan.final_kl_weight:.3g}, not 1, so the prior of z is not fully enforced. "
-            "Use plan='auto', or give kl_warmup."
-        )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _is_finished(adata: AnnData, key: str) -> bool:
-    fits = read_root(adata).get(UNS.fits, {})
-    return key in fits and read_fit(adata, key).status.get("stop_reason") != "interrupted"
-
-
-def _report(done: Progress, fitted: SavedFit, store: CellStore) -> None:
-    """Say aloud what a user must know about the run."""
-    if done.stop_reason == "interrupted":
-        logg.warning(
-            f"interrupted at step {done.step}; what was trained is kept as {fitted.key!r}. "
-            f"Go on with tl.fit(adata, {fitted.model!r}, key_added={fitted.key!r}, resume=True)."
-        )
-    if done.events:
-        last = done.events[-1]
-        who = (
-            f"left out cells without a finite loss: {listing(store.obs_names[list(done.excluded)])}"
-            if done.excluded
-            else "lowered the learning rate; cells with the largest loss: "
-            f"{listing(store.obs_names[list(last.suspects)], 5)}"
-        )
-        warn(
-            f"The loss was not finite {len(done.events)} times; each time the last good state was restored, and "
-            f"the fit {who}. "
-            f"Genes with the most extreme counts there: {listing(store.var_names[list(last.genes)], 5)}."
-        )
+_OF_RUN = OPTIONS.keys() - {"key_added", "device", "checkpoint"}  # what a run that goes on has been given already

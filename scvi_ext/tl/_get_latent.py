@@ -2,22 +2,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import one_of, whole_number
 from scvi_ext.fitted import Fitted, require
-from scvi_ext.functional.sampling import sample_normal
+from scvi_ext.tl._latent import latent_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anndata import AnnData
-
-    from scvi_ext._contract import Minibatch
-    from scvi_ext.engine.map_cells import Draws
 
 
 def get_latent(
@@ -104,27 +100,17 @@ def get_latent(
     if second:
         require(Capability.Z2, fitted.fit)
     slot = fitted.slot("obsm", fitted.keys.z2 if second else fitted.keys.latent, key_added)
-    module = fitted.module
-    logistic = module.latent_distribution == "ln" and not second
-    n_draws = mc_samples if logistic and give_mean and not return_dist else 1
-
-    def represent(cells: Minibatch, draws: Draws) -> tuple[np.ndarray, ...]:
-        qz = module.encode_z2(cells) if second else module.encode(cells)
-        if return_dist:
-            return qz.loc, qz.scale**2
-        if not give_mean:
-            z = sample_normal(qz, draws.normal(len(qz.loc), module.n_latent))
-            return (module.transform_z(z) if logistic else z,)
-        if second:
-            return (qz.loc,)
-        noise = draws.normal(len(qz.loc), mc_samples, module.n_latent) if logistic else None
-        return (module.mean_z(qz, noise),)
-
     start = logg.info(f"computing the latent representation of fit {fitted.fit.key!r}")
-    floats = n_draws * module.n_latent
-    parts = [values for _, values in fitted.map(represent, batch_size=batch_size, seed=seed, floats_per_cell=floats)]
+    written = latent_of(
+        fitted,
+        second=second,
+        give_mean=give_mean,
+        mc_samples=mc_samples,
+        return_dist=return_dist,
+        batch_size=batch_size,
+        seed=seed,
+    )
     names = [slot, f"{slot}_var"]
-    written = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     for name, values in zip(names, written, strict=False):
         results.write_obsm(adata, name, values, fitted.rows)
     listed = ", ".join(repr(name) for name in names[: len(written)])

@@ -36,6 +36,28 @@ if TYPE_CHECKING:
     from scvi_ext.engine.plan import Plan
 
 
+# Arguments of tl.fit that make a fit what it is, with their defaults, and those that do not.
+OPTIONS = {
+    "key_added": None,
+    "init_from": None,
+    "max_epochs": None,
+    "batch_size": None,
+    "train_size": 0.9,
+    "validation_size": None,
+    "early_stopping": False,
+    "n_samples_per_label": None,
+    "lr": None,
+    "plan": "auto",
+    "kl_warmup": None,
+    "weight_decay": None,
+    "device": "auto",
+    "precision": "float32",
+    "seed": None,
+    "checkpoint": False,
+}
+_OF_CALL = ("resume", "progress", "copy")
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What a fit starts from: a fit of each data set that is still empty, module, cells and plan."""
@@ -71,10 +93,10 @@ def prepare_new(
     options: Mapping[str, Any],
     model_params: dict[str, Any],
     *,
-    keywords: Sequence[str],
     device: torch.device,
 ) -> Prepared:
     """Check everything about a new fit, with ``options`` as :func:`~scvi_ext.tl.fit` takes them, and read the cells."""
+    options = OPTIONS | options
     several = isinstance(adata, Mapping)
     of_plan = ("batch_size", "max_epochs", "lr", "kl_warmup", "weight_decay")
     as_they_are = ("key_added", "init_from", "n_samples_per_label", "early_stopping", "checkpoint")
@@ -83,7 +105,7 @@ def prepare_new(
             adata,
             model,
             model_params,
-            keywords=keywords,
+            keywords=[*OPTIONS, *_OF_CALL],
             plan={"name": options["plan"], **{name: options[name] for name in of_plan}},
             split={name: options[name] for name in ("train_size", "validation_size")},
             seed=resolve_seed(options["seed"]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import random
 import re
 import threading
@@ -18,6 +19,7 @@ from scvi_ext import models
 from scvi_ext._contract import Capability
 from scvi_ext._errors import ScviExtWarning
 from scvi_ext.data.sampler import split_cells
+from scvi_ext.tl._train import OPTIONS
 
 # Models of several data sets are fitted in test_fit_joint.
 OF_ONE = [name for name in models.names() if Capability.JOINT not in models.get(name).capabilities]
@@ -530,9 +532,7 @@ def test_every_cell_needs_a_label_for_a_dispersion_per_label(counts):
     counts.obs["cell_type"] = counts.obs["cell_type"].cat.add_categories("unknown")
     counts.obs.iloc[:7, counts.obs.columns.get_loc("cell_type")] = "unknown"
     sx.pp.setup_anndata(counts, labels_key="cell_type", unlabeled_category="unknown")
-    with pytest.raises(
-        ValueError, match=r"7 of 201 cells have no label, and an option by label"
-    ):
+    with pytest.raises(ValueError, match=r"7 of 201 cells have no label, and an option by label"):
         sx.tl.fit(counts, dispersion="gene-label", **QUICK)
     assert "fits" not in counts.uns["scvi_ext"]
     sx.tl.fit(counts, **QUICK)  # labels are not needed otherwise
@@ -576,3 +576,9 @@ def test_fits_in_threads_are_those_without_threads(registered):
         for state in pool.map(fit, [registered.copy() for _ in range(3)]):
             for name, array in alone.items():
                 np.testing.assert_array_equal(state[name], array)
+
+
+def test_what_prepares_a_fit_has_the_defaults_of_its_signature():
+    arguments = inspect.signature(sx.tl.fit).parameters
+    assert {name: arguments[name].default for name in OPTIONS} == OPTIONS
+    assert set(arguments) - set(OPTIONS) == {"adata", "model", "resume", "progress", "copy", "model_params"}
