@@ -39,8 +39,8 @@ def hemato() -> AnnData:
     """Genes of 4,016 progenitors of blood cells from the bone marrow of mice, along which fates part continuously.
 
     Cells of the libraries ``basal_bm2`` and later for which the authors of the data have a fate; those of
-    ``basal_bm1``, of poor quality, are left out as in scVI 0.5. Two files, each of less than 100 MB, are downloaded once
-    into ``sc.settings.datasetdir``. Nobody has published a checksum of the counts; numbers of cells and genes are
+    ``basal_bm1``, of poor quality, are left out as in scVI 0.5. Two files, each of less than 100 MB, are downloaded
+    once into ``sc.settings.datasetdir``. Nobody has published a checksum of the counts; numbers of cells and genes are
     checked. No licence is stated.
 
     Returns

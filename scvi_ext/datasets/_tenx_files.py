@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,8 +16,6 @@ from ._download import extract
 from ._files import File, to_anndata
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from anndata import AnnData
 
 _URL = "https://cf.10xgenomics.com/samples/cell-exp/{version}/{name}/{file}"
@@ -120,8 +118,9 @@ def read_sample(file: File, path: Path, *, genome: str | None = None) -> AnnData
     well = read.obs_names.to_series().str.extract(r"-(\d+)$", expand=False).fillna("1")
     obs = pd.DataFrame({"batch": pd.Categorical(well, sorted(well.unique(), key=int))}, index=read.obs_names)
     adata = to_anndata(counts[:, is_gene], obs, var.index, file, **obsm)
-    text = var.drop(columns="feature_types", errors="ignore").set_axis(adata.var_names)
-    adata.var = text.astype({"genome": "category"} if "genome" in text else {})
+    kinds = {"gene_ids": str, "genome": "category"}  # what else there may be is of proteins, and empty for genes
+    kinds = {name: kind for name, kind in kinds.items() if name in var}
+    adata.var = var[list(kinds)].astype(kinds).set_axis(adata.var_names)
     return adata
 
 
@@ -138,7 +137,7 @@ def _read(path: Path, genome: str | None) -> AnnData:
         return is_table and (genome is None or genome in folders)
 
     with TemporaryDirectory() as folder:
-        extract(path, wanted, type(path)(folder))
+        extract(path, wanted, Path(folder))
         return sc.read_10x_mtx(folder, make_unique=False, gex_only=False)
 
 

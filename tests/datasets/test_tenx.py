@@ -92,13 +92,15 @@ def test_hdf5_of_version_3_with_two_species(offer, tmp_path):
 def test_hdf5_of_version_3_with_proteins_and_others(offer, tmp_path, logged):
     types = ["Gene Expression", "Antibody Capture", "Antibody Capture", "CRISPR Guide Capture"]
     names = ["CD3E", "CD3_TotalSeqA", "CD3_TotalSeqB", "guide"]  # told apart by their end only
-    h5_v3(tmp_path / "x.h5", COUNTS, BARCODES, features(types, ["hg19", "", "", ""], names))
+    columns = features(types, ["hg19", "", "", ""], names) | {"pattern": ["", "5PNN", "5PNN", ""]}
+    h5_v3(tmp_path / "x.h5", COUNTS, BARCODES, columns)
     offer("pbmc_1k_protein_v3", "feature_bc_matrix.h5", (tmp_path / "x.h5").read_bytes())
     adata = sx.datasets.dataset_10x("pbmc_1k_protein_v3")
     assert adata.shape == (2, 1)  # the first cell has no count of a gene
     np.testing.assert_array_equal(adata.X.toarray().ravel(), COUNTS[1:, 0])
     np.testing.assert_array_equal(adata.obsm["protein_expression"], COUNTS[1:, 1:3])
     assert list(adata.obsm["protein_expression"]) == ["CD3_TotalSeqA", "CD3_TotalSeqB"]
+    assert list(adata.var) == ["gene_ids", "genome"]
     assert "1 features of type 'CRISPR Guide Capture'" in logged()
     assert "1 of 3 cells" in logged()
 
