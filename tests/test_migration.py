@@ -245,7 +245,7 @@ def test_slots_that_are_named_are_written(page):
             assert (slot, key) in written or (slot, key) == ("uns", "scvi_ext"), f'{row}: nobody writes {slot}["{key}"]'
 
 
-@PAGES
+@pytest.mark.parametrize("page", [*NAMES, "faq"])
 def test_calls_of_the_page_take_their_options(page):
     """Code in sentences, and in tables of defaults."""
     text = re.sub(r"^```.*?^```$", "", (GUIDE / f"{page}.md").read_text(encoding="utf-8"), flags=re.M | re.S)
