@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from scvi_ext._contract import ModelSpec, SavedFit
-    from scvi_ext.data.joint import JointStore
-    from scvi_ext.data.store import CellStore
     from scvi_ext.engine.fit import Progress
 
     Data = AnnData | Mapping[str, AnnData]
@@ -62,6 +60,7 @@ _SPACE = {
 _OF_RUN = ("lr", "max_epochs", "batch_size", "kl_warmup", "weight_decay", "early_stopping")
 _OF_RUN += ("n_samples_per_label", "plan", "precision")
 _REAL = {"lr", "kl_warmup", "weight_decay"}
+_OF_PLAN = {"lr": "lr", "max_epochs": "n_epochs", "batch_size": "batch_size", "weight_decay": "weight_decay"}
 _NO_LIKELIHOODS_OF_COUNTS = {"normal", "bernoulli"}
 # Options that change the quantity that held-out cells are judged by: with an observed library, it is p(x | l).
 _CHANGES_LIKELIHOOD = {"library", "model_library_bools", "protein_weight"}
@@ -96,14 +95,15 @@ class Search:
         """Where trials are carried out."""
         return resolve_device(self.fixed.get("device", OPTIONS["device"]))
 
-    def check(self, adata: Data, distributions: Mapping[str, BaseDistribution]) -> CellStore | JointStore:
-        """Prepare a fit with each value that is a choice or an end of a range; the cells."""
+    def check(self, adata: Data, distributions: Mapping[str, BaseDistribution]) -> Prepared:
+        """Prepare a fit with each value that is a choice or an end of a range; the fit with all defaults."""
         ends = {name: _study.ends_of(distribution) for name, distribution in distributions.items()}
         first = {name: values[0] for name, values in ends.items()}
-        start = self.prepare(adata, first)
+        start = self.prepare(adata, {})
         if self.likelihood and not len(start.split()[1]):
             msg = f"metric={self.metric!r} judges held-out cells, and there are none: choose a smaller train_size."
             raise ValueError(msg)
+        self.prepare(adata, first)
         for name, (_, *others) in ends.items():
             for value in others:
                 try:
@@ -111,7 +111,13 @@ class Search:
                 except (TypeError, ValueError) as error:
                     msg = f"space[{name!r}], value {value!r}: {error}"
                     raise type(error)(msg) from error
-        return start.store
+        return start
+
+    def defaults(self, start: Prepared, distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+        """What the options are where nobody says anything, of those that can be that in this search."""
+        plan = {name: getattr(start.plan, of) for name, of in _OF_PLAN.items()}
+        values = OPTIONS | plan | dict(start.fits[0].config)
+        return {name: values[name] for name, of in distributions.items() if _study.contains(of, values[name])}
 
     def about(self, direction: str, distributions: Mapping[str, BaseDistribution], data: str) -> dict[str, str]:
         """What makes trials comparable, as strings. On which device they are carried out does not matter."""

@@ -69,6 +69,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a trial could have this value."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    inside = _is_number(value) and distribution.low <= value <= distribution.high
+    return inside and (distribution.step is None or (value - distribution.low) % distribution.step == 0)
+
+
 def described(distribution: BaseDistribution) -> str:
     """What is searched, in words."""
     if isinstance(distribution, CategoricalDistribution):
@@ -122,11 +130,18 @@ def quiet() -> Iterator[None]:
 
 
 def open_study(
-    storage: str | PathLike | None, name: str, *, direction: str, prune: bool, seed: int, about: Mapping[str, str]
+    storage: str | PathLike | None,
+    name: str,
+    *,
+    direction: str,
+    prune: bool,
+    seed: int,
+    about: Mapping[str, str],
+    first: Mapping[str, Any],
 ) -> Study:
     """A new study, or the one of that name that is kept in ``storage``, if it is about the same.
 
-    ``about`` is everything that two trials must have in common to be compared.
+    ``about`` is everything that two trials must have in common to be compared, ``first`` are values to begin with.
     """
     pruner = optuna.pruners.MedianPruner(_UNPRUNED, _EARLIEST) if prune else optuna.pruners.NopPruner()
     study = optuna.create_study(
@@ -140,6 +155,7 @@ def open_study(
     known = study.user_attrs.get(_ABOUT)
     if known is None and not study.trials:
         study.set_user_attr(_ABOUT, dict(about))
+        study.enqueue_trial(dict(first), skip_if_exists=True)
     elif known != about:
         known = known or {}
         unlike = [what for what in about if about[what] != known.get(what)]

@@ -44,8 +44,9 @@ def tune(
     """Search the options of a model and of its training, and fit the model with the best.
 
     Every trial is a fit as :func:`~scvi_ext.tl.fit` would do it, with the same held-out cells and the same seed, so
-    that trials differ by their options only. Options are proposed by Optuna's tree-structured Parzen estimator. What
-    the search finds stays in ``adata``; trials themselves leave nothing there.
+    that trials differ by their options only. The first trial has the defaults, as far as they are searched; all others
+    are proposed by Optuna's tree-structured Parzen estimator. What the search finds stays in ``adata``; trials
+    themselves leave nothing there.
 
     With ``storage`` any number of processes, on machines that see the file or the database, share one search: start
     the same call in each. A search that was stopped, by Ctrl-C or by the loss of its process, goes on with the same
@@ -168,15 +169,18 @@ def tune(
         msg = f"timeout={timeout!r} must be more than 0 seconds."
         raise ValueError(msg)
     distributions = _search.distributions_of(_search.default_space(search) if space is None else space, search)
-    store = search.check(adata, distributions)
-    about = search.about(direction, distributions, store.fingerprint())
+    start = search.check(adata, distributions)
+    about = search.about(direction, distributions, start.store.fingerprint())
+    first = search.defaults(start, distributions)
     if copy:
         adata = {name: part.copy() for name, part in adata.items()} if several else adata.copy()
 
     with _study.quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         name = search.key if study_name is None else study_name
-        study = _study.open_study(storage, name, direction=direction, prune=prune, seed=search.seed, about=about)
+        study = _study.open_study(
+            storage, name, direction=direction, prune=prune, seed=search.seed, about=about, first=first
+        )
         began = logg.info(f"searching {listing(distributions)} of {model}: {n_trials} trials")
         interrupted = search.carry_out(adata, study, distributions, n_trials, timeout, progress)
         best = study.best_trial if _study.any_complete(study) else None

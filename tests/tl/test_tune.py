@@ -68,6 +68,20 @@ def test_the_best_fit_comes_out_as_in_its_trial(adata, early_stopping):
     assert again.uns["scvi_ext"]["fits"]["by hand"]["history"]["elbo_validation"].equals(history)
 
 
+def test_the_first_trial_is_the_fit_with_the_defaults(adata):
+    sx.tl.fit(adata, key_added="default", max_epochs=3, progress=False)
+    sx.tl.tune(adata, n_trials=2, max_epochs=3, progress=False)
+    first = sx.get.tuning_df(adata).iloc[0]
+    assert first["value"] == sx.get.history(adata, "default")["elbo_validation"].iloc[-1]
+    assert (first["n_latent"], first["n_hidden"], first["reconstruction_loss"]) == (10, 128, "zinb")
+    assert sx.get.tuning_params(adata)["best_value"] >= first["value"]
+    # What is not within the search is proposed like all others.
+    sx.tl.tune(adata, space={"n_latent": (20, 22), "n_layers": (1, 3)}, n_trials=1, **SMALL)
+    first = sx.get.tuning_df(adata).iloc[0]
+    assert first["n_layers"] == 1
+    assert 20 <= first["n_latent"] <= 22
+
+
 def test_marginal_ll_is_that_of_the_held_out_cells(adata):
     sx.tl.tune(adata, space={"n_latent": [2, 3]}, metric="marginal_ll", n_trials=2, train_size=0.8, **SMALL)
     held_out = split_cells(90, train_size=0.8, validation_size=None, seed=0)[1]
