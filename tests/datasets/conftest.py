@@ -20,6 +20,7 @@ def datasetdir(tmp_path, monkeypatch):
     before = sc.settings.datasetdir
     sc.settings.datasetdir = tmp_path / "data"
     monkeypatch.setattr(import_module("scvi_ext.datasets._download"), "sleep", lambda seconds: None)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # where a proxy is set, it is not asked for what is on this machine
     yield sc.settings.datasetdir
     sc.settings.datasetdir = before
 
@@ -85,8 +86,8 @@ def host():
                 self.send_header(key, value)
             self.end_headers()
             end = host.cut_after.pop(0) if content and host.cut_after else len(content)
+            host.sent[-1] = len(content[:end])  # first: who receives the last byte may look at once
             self.wfile.write(content[:end])
-            host.sent[-1] = len(content[:end])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     host.url = f"http://127.0.0.1:{server.server_port}/"
