@@ -71,6 +71,12 @@ class Loss(NamedTuple):
     classification: Tensor | None = None  # (cells of the labelled stream,) -log q(y), no part of the ELBO
     kl_global: Tensor | None = None  # (B,) each cell's share of KL(q || p) of what all cells share, never warmed up
 
+    @property
+    def elbo(self) -> Tensor:
+        """ELBO of each cell, shape (B,), of a model that has one: minus its parts, none of them warmed up."""
+        total = self.reconstruction + self.kl_z + self.kl_library
+        return -total if self.kl_global is None else -(total + self.kl_global)
+
 
 class Capability(StrEnum):
     """What some models can do and others cannot. The value is the name of the method that does it."""

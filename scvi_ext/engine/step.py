@@ -120,10 +120,7 @@ def parts_of(streams: Sequence[Stream]) -> tuple[str, ...]:
 
 def per_cell(loss: Loss) -> torch.Tensor:
     """The loss of each cell: its negative ELBO, or where there is none what its label costs, shape (B,)."""
-    if loss.reconstruction is None:
-        return loss.classification
-    total = loss.reconstruction + loss.kl_z + loss.kl_library
-    return total if loss.kl_global is None else total + loss.kl_global
+    return loss.classification if loss.reconstruction is None else -loss.elbo
 
 
 def sums_of_parts(loss: Loss, parts: Sequence[str]) -> torch.Tensor:

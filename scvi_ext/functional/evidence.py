@@ -93,18 +93,12 @@ def log_marginal_of_all(vae: nn.Module, log_weights: np.ndarray, shared: Sequenc
     return float(logsumexp(log_weights + of_shared) - math.log(len(shared)))
 
 
-def elbo_of_loss(loss: Loss) -> Tensor:
-    """ELBO of each cell, shape (B,): minus its parts, the share of what belongs to all cells included."""
-    total = loss.reconstruction + loss.kl_z + loss.kl_library
-    return -total if loss.kl_global is None else -(total + loss.kl_global)
-
-
 def elbo_of_cells(vae: nn.Module, cells: Minibatch, noise: Tensor, shared: Sequence[Tensor | None]) -> Tensor:
     """ELBO of each cell, shape (B,), averaged over the posterior samples that are made from ``noise`` (B, S, n_noise).
 
     ``shared`` are S draws of what all cells share, or S times None. Higher is better.
     """
-    return sum(elbo_of_loss(loss_at(vae, cells, noise[:, s], draw)) for s, draw in enumerate(shared)) / len(shared)
+    return sum(loss_at(vae, cells, noise[:, s], draw).elbo for s, draw in enumerate(shared)) / len(shared)
 
 
 def loss_at(vae: nn.Module, cells: Minibatch, noise: Tensor, shared: Tensor | None) -> Loss:
