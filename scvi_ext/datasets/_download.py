@@ -2,7 +2,8 @@
 
 Beside ``<file>`` there may be ``<file>.part`` and ``<file>.part.json`` (an interrupted download, which goes on from
 there, and what it is a part of), ``<file>.verified`` (a large file that was verified: size and time of change) and
-``<file>.sha256`` (where nobody published a checksum: that of the file that was first there).
+``<file>.sha256`` (where nobody published a checksum: that of the file that was first there), and while it is
+downloaded ``<file>.lock``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import hashlib
 import json
 import shutil
 import tarfile
-import warnings
 import zipfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from time import sleep
 from typing import TYPE_CHECKING
+
+from scvi_ext.engine.bar import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +58,7 @@ def download(url: str, file_name: str, checksum: str | None, *, size: int | None
     Raises
     ------
     ImportError
-        The package that downloads is not installed.
+        A package that downloads is not installed.
     OSError
         The file is not there and cannot be had.
     ValueError
@@ -71,7 +73,7 @@ def download(url: str, file_name: str, checksum: str | None, *, size: int | None
     path = folder / file_name
     expected = checksum or _first_checksum(path)
     if not path.exists():
-        _fetch(url, path, expected, size)
+        _fetch_alone(url, path, expected, size)
     elif wrong := _wrong(path, expected, size, _beside(path, "verified")):
         msg = (
             f"{str(path)!r} is not the file it should be: {wrong}. Delete it, and it is downloaded again from {url}."
@@ -157,15 +159,34 @@ def _read_json(path: Path) -> dict:
 # ---- the network ---------------------------------------------------------------------------------------------------
 
 
-def _fetch(url: str, path: Path, checksum: str | None, size: int | None) -> None:
+def _fetch_alone(url: str, path: Path, checksum: str | None, size: int | None) -> None:
+    """Fetch the file, or wait until another process has done so."""
     from scanpy import logging as logg
 
     try:
         import requests  # noqa: F401
+        from filelock import FileLock, Timeout
     except ImportError as error:
-        msg = f"{path.name!r} is downloaded by requests, which is not installed: pip install 'scvi-ext[data]'."
+        msg = f"{path.name!r} is downloaded by {error.name}, which is not installed: pip install 'scvi-ext[data]'."
         raise ImportError(msg) from error
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_beside(path, "lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logg.info(f"waiting for another process, which downloads {path.name!r}")
+        lock.acquire()
+    try:
+        if not path.exists():
+            _fetch(url, path, checksum, size)
+    finally:
+        _beside(path, "lock").unlink(missing_ok=True)  # whoever still waits for it will find the file
+        lock.release()
+
+
+def _fetch(url: str, path: Path, checksum: str | None, size: int | None) -> None:
+    from scanpy import logging as logg
+
     part, stamp = _beside(path, "part"), _beside(path, "verified")
     went_on = _persist(url, path, part, checksum, size)
     if (wrong := _wrong(part, checksum, size, stamp)) and went_on:  # the fault may lie in what was there before
@@ -243,12 +264,8 @@ def _transfer(url: str, part: Path, checksum: str | None, size: int | None) -> b
 def _receive(response: Response, part: Path, have: int, total: int | None) -> None:
     import requests
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm.auto warns where a notebook lacks widgets, and falls back to text
-        from tqdm.auto import tqdm
-    # disable=None: shown only where the output is a terminal or a notebook
-    shown = {"desc": part.stem, "unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": None}
-    with part.open("ab" if have else "wb") as file, tqdm(total=total, initial=have, **shown) as bar:
+    bar = progress_bar(total, part.stem, "B", None, done=have, unit_scale=True, unit_divisor=1024)
+    with part.open("ab" if have else "wb") as file, bar:
         for piece in response.iter_content(_PIECE):
             file.write(piece)
             bar.update(len(piece))

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-def progress_bar(total: int, name: str, unit: str, show: bool | None, *, done: int = 0) -> tqdm:
+def progress_bar(
+    total: int | None, name: str, unit: str, show: bool | None, *, done: int = 0, **options: object
+) -> tqdm:
     """A bar; ``show=None`` shows it where the output is a terminal or a notebook."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tqdm.auto warns where a notebook lacks widgets, and falls back to text
         from tqdm.auto import tqdm
-    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=None if show is None else not show)
+    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=None if show is None else not show, **options)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import numpy as np
@@ -127,9 +128,10 @@ def test_no_network(datasetdir):
     assert str(datasetdir) in str(error.value)
 
 
-def test_without_requests(datasetdir, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "requests", None)
-    with pytest.raises(ImportError, match=r"scvi-ext\[data\]"):
+@pytest.mark.parametrize("package", ["requests", "filelock"])
+def test_without_what_downloads(datasetdir, monkeypatch, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}, which is not installed: .*scvi-ext\[data\]"):
         module.download(NOBODY, NAME, None)
 
 
@@ -285,6 +287,14 @@ def test_a_file_put_there_by_hand(fetch, host, datasetdir):
     assert sha256(OTHER) in str(error.value)
     assert (datasetdir / NAME).read_bytes() == OTHER  # it is the user's
     assert host.requests == []
+
+
+def test_all_at_once_download_it_once(fetch, host, datasetdir):
+    """Several users, or workers of one, may begin on the same empty folder."""
+    with ThreadPoolExecutor(4) as pool:
+        paths = {future.result() for future in [pool.submit(fetch) for _ in range(4)]}
+    assert len(paths) == len(host.requests) == 1
+    assert left(datasetdir) == [NAME]
 
 
 def test_what_is_there_needs_no_network_and_no_library(fetch, monkeypatch):
