@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-_ELSEWHERE = {"protein_expression_obsm_key": "protein_obsm_key"}  # keywords of scvi-tools that have another name here
+# Keywords of scvi-tools that have another name here.
+_ELSEWHERE = {"protein_expression_obsm_key": "protein_obsm_key", "panel_key": "protein_batch_mask"}
 
 
 def setup_anndata(

@@ -39,9 +39,12 @@ _RENAMED = {
     "layer": "an argument of pp.setup_anndata",
     "n_epochs": "max_epochs",
     "n_epochs_kl_warmup": "kl_warmup (a share of the steps)",
+    "n_steps_kl_warmup": "kl_warmup (a share of the steps)",
+    "override_missing_proteins": "protein_batch_mask=None, an argument of pp.setup_anndata",
     "plan_kwargs": "lr, kl_warmup and weight_decay",
     "unlabeled_category": "an argument of pp.setup_anndata",
     "use_gpu": "device",
+    "use_labels_groups": "labels_groups",
     "use_observed_lib_size": "library='observed' or library='latent'",
     "use_size_factor_key": "library='size_factor'",
 }
