@@ -16,7 +16,7 @@ demo: venv
 	$(BIN)/python docs/tutorials/demo.py
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 docs: venv $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html

@@ -37,6 +37,12 @@ def draw_posterior_predictive(adata, **options):
     return sx.pl.posterior_predictive(adata, **options)
 
 
+def draw_tuning(adata, **options):
+    if "scvi_tuning" not in adata.uns:
+        sx.tl.tune(adata, space={"n_latent": [2, 3]}, n_trials=2, refit=False, max_epochs=1, n_hidden=8)
+    return sx.pl.tuning(adata, "scvi", **options)
+
+
 def draw_volcano(adata, **options):
     if "scvi_de" not in adata.uns:
         sx.tl.differential_expression(adata, "cell_type", n_samples=300)
@@ -57,6 +63,7 @@ PLOTS = {
     "metrics": draw_metrics,
     "loadings": lambda a, **k: sx.pl.loadings(a, "ldvae", **k),
     "posterior_predictive": draw_posterior_predictive,
+    "tuning": draw_tuning,
     "volcano": draw_volcano,
     "zero_inflation": draw_zero_inflation,
 }

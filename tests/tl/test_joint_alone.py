@@ -220,11 +220,11 @@ REFUSES = {
     "get_protein_foreground": "has no 'decode_protein'; models that have it: 'totalvi'",
     "get_zero_inflation": "has no 'zero_inflation_posterior'; models that have it: 'autozi'",
 }
-# Tested above, in test_fit_joint, or below; and those that are there for joint fits.
+# Tested above, in test_fit_joint, in test_tune, or below; and those that are there for joint fits.
 TESTED = {
     *("get_elbo", "get_latent", "get_library_size", "get_likelihood_parameters", "get_marginal_ll", "fit"),
     *("get_normalized_expression", "get_reconstruction_error", "map_query", "get_drift", "imputation_score"),
-    "get_technical_zeros",
+    *("get_technical_zeros", "tune"),
 }
 FOR_JOINT_FITS = {"impute", "discriminator_confusion", "loss_magnitude"}
 
