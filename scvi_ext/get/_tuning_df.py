@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from scvi_ext._errors import one_of
+from scvi_ext._errors import listing, one_of
 from scvi_ext._keys import UNS, FitKeys
 from scvi_ext.data.registry import read_root
 
@@ -26,7 +26,7 @@ def tuning_df(
     adata
         Annotated data that :func:`~scvi_ext.tl.tune` has written to.
     key
-        Which search, by the name of its fit; the last fit by default.
+        Which search, by the name of its fit; that of the last fit, or the only one, by default.
     table
         The ``"trials"``, or their ``"progress"`` from percent to percent of their plan.
 
@@ -62,12 +62,13 @@ def tuning_params(adata: AnnData, key: str | None = None) -> dict[str, Any]:
     adata
         Annotated data that :func:`~scvi_ext.tl.tune` has written to.
     key
-        Which search, by the name of its fit; the last fit by default.
+        Which search, by the name of its fit; that of the last fit, or the only one, by default.
 
     Returns
     -------
-    A dictionary: ``model``, ``metric``, ``direction``, ``space``, ``options`` (those that all trials had in common),
-    ``seed``, ``n_trials``, ``prune``, ``study_name``, ``best_trial`` and its ``best_value``.
+    A dictionary: ``model``, ``metric``, ``direction``, ``space``, ``options`` (those that all trials had in common and
+    that are not the defaults), ``data`` (what tells the cells from others), ``seed``, ``n_trials``, ``prune``,
+    ``study_name``, ``best_trial`` and its ``best_value``.
 
     Raises
     ------
@@ -87,12 +88,18 @@ def tuning_params(adata: AnnData, key: str | None = None) -> dict[str, Any]:
 
 
 def _read_search(adata: AnnData, key: str | None) -> Mapping[str, Any]:
+    end = FitKeys("").tuning
+    searches = {name.removesuffix(end): of for name, of in adata.uns.items() if name.endswith(end) and _is_search(of)}
     if key is None:
-        key = read_root(adata).get(UNS.last_fit, "scvi")
-    slot = FitKeys(key).tuning
-    if not isinstance(adata.uns.get(slot), Mapping) or not adata.uns[slot].keys() >= {*_TABLES, "params"}:
-        known = [repr(name.removesuffix(FitKeys("").tuning)) for name in adata.uns if name.endswith(FitKeys("").tuning)]
-        found = f"there are searches called {', '.join(known)}: key=..." if known else "call scvi_ext.tl.tune first"
-        msg = f"adata.uns has no search {slot!r}; {found}."
+        key = read_root(adata).get(UNS.last_fit)
+        if key not in searches and len(searches) == 1:
+            (key,) = searches
+    if key not in searches:
+        found = f"there are those called {listing(searches)}: key=..." if searches else "call scvi_ext.tl.tune first"
+        msg = f"adata.uns has no search for the fit {key!r}; {found}."
         raise KeyError(msg)
-    return adata.uns[slot]
+    return searches[key]
+
+
+def _is_search(value: object) -> bool:
+    return isinstance(value, Mapping) and value.keys() >= {*_TABLES, "params"}

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
+from types import CodeType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import scanpy as sc
 import torch
-from anndata import AnnData
 from scanpy import Verbosity
 from scanpy import logging as logg
 
 from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import first_line, listing, one_of, unknown_keyword
-from scvi_ext._keys import UNS
 from scvi_ext.engine.bar import progress_bar
+from scvi_ext.engine.checkpoint import module_arrays
 from scvi_ext.engine.device import resolve_device
 from scvi_ext.fitted import Fitted
 from scvi_ext.metrics import imputation_error
@@ -34,6 +35,7 @@ from scvi_ext.tl._train import OPTIONS, Prepared, prepare_new, train
 if TYPE_CHECKING:
     from typing import Any
 
+    from anndata import AnnData
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.trial import Trial
@@ -41,11 +43,12 @@ if TYPE_CHECKING:
 
     from scvi_ext._contract import ModelSpec, SavedFit
     from scvi_ext.engine.fit import Progress
+    from scvi_ext.engine.interrupt import Interrupt
 
     Data = AnnData | Mapping[str, AnnData]
     Metric = Callable[[Data], float]
 
-# What is searched where nothing else is asked for: the options of the seed's search, for a schedule of one cycle.
+# What is searched where nothing else is asked for, beside the learning rate: the options of the seed's search.
 _SPACE = {
     "n_latent": (5, 30),
     "n_hidden": [64, 128, 256],
@@ -55,8 +58,8 @@ _SPACE = {
     "dropout_rate_encoder": (0.0, 0.4),
     "reconstruction_loss": ["zinb", "nb"],
     "reconstruction_loss_gene": ["zinb", "nb"],
-    "lr": (5e-4, 2e-2, "log"),
 }
+_LR = 5.0  # how far from the default learning rate to search, as a factor
 _OF_RUN = ("lr", "max_epochs", "batch_size", "kl_warmup", "weight_decay", "early_stopping")
 _OF_RUN += ("n_samples_per_label", "plan", "precision")
 _REAL = {"lr", "kl_warmup", "weight_decay"}
@@ -95,23 +98,15 @@ class Search:
         """Where trials are carried out."""
         return resolve_device(self.fixed.get("device", OPTIONS["device"]))
 
-    def check(self, adata: Data, distributions: Mapping[str, BaseDistribution]) -> Prepared:
-        """Prepare a fit with each value that is a choice or an end of a range; the fit with all defaults."""
-        ends = {name: _study.ends_of(distribution) for name, distribution in distributions.items()}
-        first = {name: values[0] for name, values in ends.items()}
-        start = self.prepare(adata, {})
-        if self.likelihood and not len(start.split()[1]):
-            msg = f"metric={self.metric!r} judges held-out cells, and there are none: choose a smaller train_size."
-            raise ValueError(msg)
-        self.prepare(adata, first)
-        for name, (_, *others) in ends.items():
-            for value in others:
+    def check(self, adata: Data, distributions: Mapping[str, BaseDistribution]) -> None:
+        """Prepare a fit with each value that is a choice or an end of a range, all else as it is by default."""
+        for name, distribution in distributions.items():
+            for value in _study.ends_of(distribution):
                 try:
-                    self.prepare(adata, first | {name: value})
+                    self.prepare(adata, {name: value})
                 except (TypeError, ValueError) as error:
                     msg = f"space[{name!r}], value {value!r}: {error}"
                     raise type(error)(msg) from error
-        return start
 
     def defaults(self, start: Prepared, distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
         """What the options are where nobody says anything, of those that can be that in this search."""
@@ -119,18 +114,20 @@ class Search:
         values = OPTIONS | plan | dict(start.fits[0].config)
         return {name: values[name] for name, of in distributions.items() if _study.contains(of, values[name])}
 
-    def about(self, direction: str, distributions: Mapping[str, BaseDistribution], data: str) -> dict[str, str]:
+    def about(self, direction: str, distributions: Mapping[str, BaseDistribution], start: Prepared) -> dict[str, str]:
         """What makes trials comparable, as strings. On which device they are carried out does not matter."""
-        fixed = {name: value for name, value in sorted(self.fixed.items()) if name != "device"}
+        usual = OPTIONS | {field.name: field.default for field in fields(self.spec.config)}
+        fixed = {name: value.item() if isinstance(value, np.generic) else value for name, value in self.fixed.items()}
+        said = [f"{name}={of!r}" for name, of in sorted(fixed.items()) if name != "device" and of != usual.get(name)]
         return {
             "model": self.spec.name,
             "metric": self.metric if self.likelihood else _name_of(self.metric),
             "direction": direction,
             "space": "; ".join(f"{name}: {_study.described(of)}" for name, of in sorted(distributions.items())),
-            "options": ", ".join(f"{name}={value!r}" for name, value in fixed.items()),
+            "options": ", ".join(said),
             "seed": str(self.seed),
-            "data": data,
-        }
+            "data": start.store.fingerprint(),
+        } | ({"starts from": _digest(module_arrays(start.module))} if fixed.get("init_from") else {})
 
     def carry_out(
         self,
@@ -140,54 +137,65 @@ class Search:
         n_trials: int,
         timeout: float | None,
         progress: bool | None,
-    ) -> bool:
-        """Trials until there are enough, or it is time; whether Ctrl-C came before."""
+        interrupt: Interrupt,
+    ) -> None:
+        """Trials until there are enough, it is time, or ``interrupt`` is requested."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        lent = adata if self.metric == "elbo" else _lend(adata)
         with progress_bar(n_trials, "tune", "trial", progress) as bar:
             while (n := _study.n_finished(study)) < n_trials and time.monotonic() < deadline:
                 bar.update(n - bar.n)
+                if interrupt.requested:
+                    return
                 trial = study.ask(dict(distributions))
                 try:
-                    self._carry_out(lent, study, trial, bar)
-                except KeyboardInterrupt:
+                    if self._carry_out(adata, study, trial, bar):
+                        interrupt.requested = True
+                except KeyboardInterrupt:  # a second one
                     _study.give_up(study, trial)
-                    return True
+                    interrupt.requested = True
+                except BaseException:
+                    _study.give_up(study, trial)
+                    raise
             bar.update(_study.n_finished(study) - bar.n)
-        return False
 
-    def _carry_out(self, adata: Data, study: Study, trial: Trial, bar: tqdm) -> None:
-        """One trial, whatever comes of it."""
+    def _carry_out(self, adata: Data, study: Study, trial: Trial, bar: tqdm) -> bool:
+        """One trial, whatever comes of it; whether it was interrupted while it was trained."""
         what = f"    trial {trial.number}, {said(trial.params)}"
         known = _study.same_as(study, trial.params)
         if known is not None:
             _study.repeats(study, trial, known)
             logg.info(f"{what}: as trial {known.number}")
-            return
+            return False
         try:
             start = self.prepare(adata, trial.params)
             done, fits = self.train(start, trial, bar)
         except _FAILURES as error:
             _study.give_up(study, trial, first_line(error))
             logg.warning(f"{what}: failed: {first_line(error)}")
-            return
-        if done.ctrl_c:
-            raise KeyboardInterrupt
-        if done.stop_reason == "pruned":
+            return False
+        if done.ctrl_c and done.stop_reason == "interrupted":
+            _study.give_up(study, trial)
+        elif done.stop_reason == "pruned":
             _study.prune(study, trial)
             logg.info(f"{what}: given up after {len(done.history)} of {start.plan.n_epochs} epochs")
-            return
+        else:
+            self._tell(adata, study, trial, what, start, done, fits)
+        return done.ctrl_c
+
+    def _tell(
+        self, adata: Data, study: Study, trial: Trial, what: str, start: Prepared, done: Progress, fits: list[SavedFit]
+    ) -> None:
+        """Judge a trial that was carried out."""
         try:
             with sc.settings.verbosity.override(min(sc.settings.verbosity, Verbosity.warning)):
                 value = self.judge(adata, start, done, fits)
         except Exception as error:
-            _study.give_up(study, trial, first_line(error))
             if not _study.any_complete(study):  # then it is likely to be the metric, and not the trial
                 raise
+            _study.give_up(study, trial, first_line(error))
             logg.warning(f"{what}: failed: {first_line(error)}")
             return
         study.tell(trial, value)
-        bar.set_postfix_str(f"best {study.best_value:.6g}")
         logg.info(f"{what}: {value:.6g}")
 
     def train(self, start: Prepared, trial: Trial, bar: tqdm) -> tuple[Progress, list[SavedFit]]:
@@ -201,10 +209,11 @@ class Search:
         return train(start, self.device, show_progress=False, after_epoch=after_epoch)
 
     def judge(self, adata: Data, start: Prepared, done: Progress, fits: list[SavedFit]) -> float:
-        """The metric of a trial; ``adata`` is lent, and may be written to, where that is more than the ELBO."""
+        """The metric of a trial. What it does to the AnnData that it is given is forgotten with it."""
         if self.metric == "elbo":
             kept = done.best_epoch if done.best_state is not None else -1
             return done.history[kept]["elbo_validation"]
+        adata = _copy(adata)
         parts = [adata[fitted.joint["dataset"]] if fitted.joint else adata for fitted in fits]
         for part, fitted in zip(parts, fits, strict=True):
             results.write_fit(part, fitted)
@@ -242,17 +251,19 @@ def _marginal_ll(parts: list[AnnData], start: Prepared, key: str, seed: int) -> 
     return float(np.average(means, weights=[len(cells) for cells in of_parts]))
 
 
-def _lend(adata: Data) -> Data:
-    """The same counts and annotations in an AnnData that can be written to, without a copy of what is large."""
+def _copy(adata: Data) -> Data:
+    """All of it, in memory: a metric may do with it what it likes."""
     if isinstance(adata, Mapping):
-        return {name: _lend(part) for name, part in adata.items()}
-    if adata.isbacked:
-        return adata.to_memory()
-    root = {name: dict(of) if isinstance(of, Mapping) else of for name, of in adata.uns.get(UNS.root, {}).items()}
-    raw = None if adata.raw is None else {"X": adata.raw.X, "var": adata.raw.var, "varm": dict(adata.raw.varm)}
-    slots = {name: dict(getattr(adata, name)) for name in ("layers", "obsm", "varm", "obsp", "varp")}
-    uns = {**adata.uns, UNS.root: root}
-    return AnnData(adata.X, obs=adata.obs.copy(), var=adata.var.copy(), uns=uns, raw=raw, **slots)
+        return {name: _copy(part) for name, part in adata.items()}
+    return adata.to_memory() if adata.isbacked else adata.copy()
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Tells weights from others."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_metric(metric: str | Metric, spec: ModelSpec) -> None:
@@ -279,6 +290,10 @@ def check_direction(direction: str | None, metric: str | Metric) -> str:
 
 
 def check_prune(prune: bool | None, search: Search) -> bool:
+    """Whether to give up trials on the way."""
+    if not (prune is None or isinstance(prune, bool)):
+        msg = f"prune={prune!r} must be True, False or None."
+        raise TypeError(msg)
     if not search.likelihood:
         if prune:
             msg = (
@@ -287,18 +302,32 @@ def check_prune(prune: bool | None, search: Search) -> bool:
             )
             raise ValueError(msg)
         return False
-    return prune is None or bool(prune)
+    return prune is None or prune
 
 
 def _name_of(metric: Metric) -> str:
-    while isinstance(metric, functools.partial):
-        metric = metric.func
-    return getattr(metric, "__qualname__", type(metric).__name__)
+    """What tells a metric from others: its name and arguments, and of a function without a name what it does."""
+    if isinstance(metric, functools.partial):
+        arguments = [*map(repr, metric.args), *(f"{name}={value!r}" for name, value in metric.keywords.items())]
+        return f"{_name_of(metric.func)}({', '.join(arguments)})"
+    name = getattr(metric, "__qualname__", type(metric).__name__)
+    if name.endswith("<lambda>"):
+        return f"<lambda {hashlib.sha256(repr(_meaning(metric.__code__)).encode()).hexdigest()[:8]}>"
+    return name
 
 
-def default_space(search: Search) -> dict[str, Any]:
-    options = {field.name for field in fields(search.spec.config)} | {"lr"}
-    return {name: values for name, values in _SPACE.items() if name in options - search.fixed.keys()}
+def _meaning(code: CodeType) -> tuple:
+    """What a piece of code does, wherever it stands."""
+    constants = tuple(_meaning(of) if isinstance(of, CodeType) else of for of in code.co_consts)
+    return code.co_code, constants, code.co_names
+
+
+def default_space(search: Search, start: Prepared) -> dict[str, Any]:
+    """What is searched where nothing else is asked for; of a fit that starts from another, the learning rate."""
+    options = {field.name for field in fields(search.spec.config)} if not search.fixed.get("init_from") else set()
+    space = {name: values for name, values in _SPACE.items() if name in options}
+    space |= {"lr": (start.plan.lr / _LR, start.plan.lr * _LR, "log")}
+    return {name: values for name, values in space.items() if name not in search.fixed}
 
 
 def distributions_of(space: Mapping[str, Any], search: Search) -> dict[str, BaseDistribution]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping, Set
 from contextlib import contextmanager
 from datetime import datetime
 from os import PathLike, fspath
@@ -15,12 +18,14 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
+from scanpy import logging as logg
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from scvi_ext._errors import listing
+from scvi_ext._errors import first_line, listing
 from scvi_ext._keys import NONE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from optuna import Study
@@ -51,7 +56,7 @@ def distribution_of(name: str, values: Any, *, real: bool) -> BaseDistribution:
         if real or not all(isinstance(end, int | np.integer) for end in (low, high)):
             return FloatDistribution(float(low), float(high), log=bool(log))
         return IntDistribution(int(low), int(high), log=bool(log))
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
         msg = f"{how} is a {type(values).__name__}; a list of values or a range (low, high) is needed."
         raise TypeError(msg)
     choices = [value.item() if isinstance(value, np.generic) else value for value in values]
@@ -93,21 +98,25 @@ def ends_of(distribution: BaseDistribution) -> list[Any]:
 
 
 class _ByNumber(BaseSampler):
-    """Tree-structured Parzen estimators whose draws follow from a seed and the number of the trial.
+    """First the values that are given, then tree-structured Parzen estimators with a seed and the number of the trial.
 
     Processes that share a study thus neither repeat each other, as they would with one seed, nor need one each.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, first: Mapping[str, Any]):
         self._seed = seed
+        self._first = first
+        self._given: Mapping[str, Any] = {}
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        earlier = study.get_trials(deepcopy=False)[: trial.number]
+        self._given = {} if any(map(_counts, earlier)) else self._first
         seed = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)
         self._sampler = TPESampler(seed=int(seed[0]))
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(study, trial)
+        return {} if self._given else self._sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict) -> dict[str, Any]:
         return self._sampler.sample_relative(study, trial, search_space)
@@ -115,6 +124,8 @@ class _ByNumber(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        if param_name in self._given:
+            return self._given[param_name]
         return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
@@ -144,20 +155,24 @@ def open_study(
     ``about`` is everything that two trials must have in common to be compared, ``first`` are values to begin with.
     """
     pruner = optuna.pruners.MedianPruner(_UNPRUNED, _EARLIEST) if prune else optuna.pruners.NopPruner()
-    study = optuna.create_study(
-        storage=_storage(storage),
-        study_name=name,
-        direction=direction,
-        sampler=_ByNumber(seed),
-        pruner=pruner,
-        load_if_exists=True,
+    study = _patiently(
+        lambda: optuna.create_study(
+            storage=_storage(storage),
+            study_name=name,
+            direction=direction,
+            sampler=_ByNumber(seed, first),
+            pruner=pruner,
+            load_if_exists=True,
+        ),
+        storage,
     )
     known = study.user_attrs.get(_ABOUT)
-    if known is None and not study.trials:
+    if known is None and not study.trials and [of.name.lower() for of in study.directions] == [direction]:
         study.set_user_attr(_ABOUT, dict(about))
-        study.enqueue_trial(dict(first), skip_if_exists=True)
+    elif known is None:
+        msg = f"The study {name!r} that is kept there was not made by tl.tune: give another study_name."
+        raise ValueError(msg)
     elif known != about:
-        known = known or {}
         unlike = [what for what in about if about[what] != known.get(what)]
         found = "; ".join(f"{what} {known.get(what, 'not told')}, here {about[what]}" for what in unlike)
         msg = f"The study {name!r} that is kept there is about something else ({found}): give another study_name."
@@ -165,34 +180,102 @@ def open_study(
     return study
 
 
+def _patiently(create: Callable[[], Study], storage: str | PathLike | None) -> Study:
+    """Create a study; processes that make the tables of a database at the same time must try again."""
+    for wait in (0.2, 0.4, 0.8, 1.6, None):
+        try:
+            return create()
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            if wait is None:
+                msg = f"storage={_shown(storage)} cannot be used ({first_line(error)})."
+                raise OSError(msg) from error
+            time.sleep(wait)
+    raise AssertionError
+
+
 def _storage(storage: str | PathLike | None) -> Any:
     """Where Optuna keeps a study: in memory, in a journal file, or in a database that is named by a URL."""
     if storage is None:
         return None
-    if not isinstance(storage, str | PathLike):
-        msg = f"storage={storage!r} is a {type(storage).__name__}; a file or the URL of a database is needed."
+    if not isinstance(storage, str | PathLike) or not fspath(storage):
+        msg = f"storage={storage!r} is no place; a file or the URL of a database is needed."
         raise TypeError(msg)
-    if "://" in (place := fspath(storage)):
-        if place.startswith("redis"):
-            msg = "Optuna reads pickles from Redis, which can run any program: give a file, or the URL of a database."
-            raise ValueError(msg)
-        try:
-            return optuna.storages.RDBStorage(place)
-        except ImportError as error:
-            msg = f"The database cannot be reached without a driver: {error}"
-            raise ImportError(msg) from error
-    folder = Path(place).parent
-    if not folder.is_dir():
-        msg = f"storage={place!r}: there is no folder {str(folder)!r}."
+    if "://" not in fspath(storage):
+        return _journal(Path(storage).absolute())  # a lock on a relative path could not be looked at by others
+    if fspath(storage).startswith("redis"):
+        msg = "Optuna reads pickles from Redis, which can run any program: give a file, or the URL of a database."
+        raise ValueError(msg)
+    try:
+        return optuna.storages.RDBStorage(storage)
+    except (ImportError, NoSuchModuleError, ArgumentError) as error:
+        msg = f"storage={_shown(storage)} is no database that can be reached from here ({first_line(error)})."
+        raise ValueError(msg) from error
+
+
+def _shown(storage: str | PathLike) -> str:
+    """The place without a password."""
+    return re.sub(r"(?<=:)[^:@/]+(?=@)", "***", repr(fspath(storage)))
+
+
+def _journal(file: Path) -> Any:
+    """A journal in this file, which may be new."""
+    if not file.parent.is_dir():
+        msg = f"storage={str(file)!r}: there is no folder {str(file.parent)!r}."
         raise FileNotFoundError(msg)
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(place))
+    try:
+        lock = optuna.storages.journal.JournalFileSymlinkLock(str(file))
+        if file.exists():
+            with file.open("rb") as journal:
+                first = journal.readline()
+            if first.endswith(b"\n"):
+                _check_journal(file, first)
+                lock.acquire()
+                try:
+                    _drop_half_a_line(file)
+                finally:
+                    lock.release()
+            elif first:
+                _check_journal(file, first)
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file), lock_obj=lock))
+    except OSError as error:
+        msg = f"storage={str(file)!r} cannot be read and written ({error.strerror or error})."
+        raise type(error)(msg) from error
+
+
+def _check_journal(file: Path, first: bytes) -> None:
+    """Raise a ValueError unless the file begins as a journal does."""
+    try:
+        is_journal = "op_code" in json.loads(first)
+    except (ValueError, TypeError):
+        is_journal = False
+    if not is_journal:
+        msg = f"storage={str(file)!r} is a file of something else, and no journal of Optuna: name another file."
+        raise ValueError(msg)
+
+
+def _drop_half_a_line(file: Path) -> None:
+    """Take away what a process has left that died, or had no space left, while it wrote."""
+    with file.open("rb+") as journal:
+        content = journal.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            journal.truncate(whole)
+            logg.warning(f"{str(file)!r} ended in half a line, which is left out")
 
 
 def n_finished(study: Study) -> int:
     """Trials that count: carried out, given up, or impossible; not those that were interrupted or died."""
-    trials = study.get_trials(deepcopy=False)
-    done = (TrialState.COMPLETE, TrialState.PRUNED)
-    return sum(t.state in done or (t.state == TrialState.FAIL and _ERROR in t.user_attrs) for t in trials)
+    return sum(map(_is_finished, study.get_trials(deepcopy=False)))
+
+
+def _is_finished(trial: FrozenTrial) -> bool:
+    done = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return done or (trial.state == TrialState.FAIL and _ERROR in trial.user_attrs)
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether it is finished, or may be some day."""
+    return _is_finished(trial) or trial.state in (TrialState.RUNNING, TrialState.WAITING)
 
 
 def same_as(study: Study, params: Mapping[str, Any]) -> FrozenTrial | None:

@@ -6,7 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -18,10 +22,12 @@ import scanpy as sc
 
 import scvi_ext as sx
 from scvi_ext.data.sampler import split_cells
-from scvi_ext.tl import _search
+from scvi_ext.tl import _search, _study
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+fit_module, tune_module = (import_module(f"scvi_ext.tl.{name}") for name in ("_fit_into", "_tune"))
 
 SMALL = {"max_epochs": 2, "n_hidden": 16, "progress": False}
 
@@ -254,7 +260,7 @@ def test_impossible_combinations_are_told_and_passed_over(adata, monkeypatch):
     assert (trials["state"][failed] == "failed").all()
     assert (trials["note"][failed] == "The loss is not finite.").all()
     assert trials["state"][~failed].isin(["complete", "pruned"]).all()
-    with pytest.raises(ValueError, match=r"None of 2 trials could be carried out: 'The loss is not finite\.'"):
+    with pytest.raises(ValueError, match=r"None of the trials could be carried out: 'The loss is not finite\.'"):
         sx.tl.tune(adata, space={"n_latent": [3]}, n_trials=2, key_added="none", **SMALL)
     assert "none_tuning" not in adata.uns
 
@@ -287,7 +293,7 @@ def test_ctrl_c_keeps_the_trials_and_the_fit_that_was_there(adata, tmp_path, mon
             signal.raise_signal(signal.SIGINT)
         return False
 
-    options = {"space": {"n_latent": (2, 12)}, "storage": tmp_path / "search.log", **SMALL, "max_epochs": 1}
+    options = {"space": {"n_latent": (2, 12)}, "storage": tmp_path / "search.log", **SMALL}
     metric = distance_to_seven
     if where == "training":
         monkeypatch.setattr(_search.Rungs, "give_up", third)
@@ -295,19 +301,72 @@ def test_ctrl_c_keeps_the_trials_and_the_fit_that_was_there(adata, tmp_path, mon
         metric = lambda adata: third() or distance_to_seven(adata)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         sx.tl.tune(adata, metric=metric, n_trials=5, **options)
-    trials = sx.get.tuning_df(adata)
-    assert trials["state"].tolist() == ["complete", "complete", "interrupted"]
+    # Training is given up, here after the first of two epochs of the second trial; a metric is computed to its end.
+    so_far = ["complete", "interrupted"] if where == "training" else ["complete"] * 3
+    assert sx.get.tuning_df(adata)["state"].tolist() == so_far
     assert sx.get.history(adata).equals(kept)
 
     sx.tl.tune(adata, metric=metric, n_trials=5, **options)  # the same call goes on
-    trials = sx.get.tuning_df(adata)
-    assert trials["state"].tolist() == ["complete", "complete", "interrupted", "complete", "complete", "complete"]
+    left = 5 - so_far.count("complete")
+    assert sx.get.tuning_df(adata)["state"].tolist() == so_far + ["complete"] * left
     assert not sx.get.history(adata).equals(kept)
+
+
+def test_a_second_ctrl_c_ends_a_metric(adata):
+    def twice(adata: ad.AnnData) -> float:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    calls = []
+    metric = lambda adata: twice(adata) if calls.append(1) or len(calls) == 3 else 1.0  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        sx.tl.tune(adata, space={"n_latent": (2, 12)}, metric=metric, n_trials=5, **SMALL)
+    assert sx.get.tuning_df(adata)["state"].tolist() == ["complete", "complete", "interrupted"]
+
+
+@pytest.mark.parametrize("module", ["_study", "_search"])
+def test_ctrl_c_between_trials_loses_none(adata, monkeypatch, module):
+    """Whatever is under way then: the search looks whether it was pressed when it is safe to stop."""
+    name = {"_study": "n_finished", "_search": "said"}[module]
+    function, calls = getattr({"_study": _study, "_search": _search}[module], name), []
+
+    def pressed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+
+    monkeypatch.setattr({"_study": _study, "_search": _search}[module], name, pressed)
+    with pytest.raises(KeyboardInterrupt):
+        sx.tl.tune(adata, space={"n_latent": (2, 12)}, n_trials=9, **SMALL)
+    assert 2 <= len(sx.get.tuning_df(adata)) <= 3
+
+
+def test_an_interrupted_last_fit_is_kept_as_tl_fit_does(adata, monkeypatch):
+    sx.tl.fit(adata, **SMALL)
+    fit_into = tune_module.fit_into
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    def pressed(adata, start, *args, **kwargs):
+        train = fit_module.train
+        monkeypatch.setattr(fit_module, "train", lambda *a, **k: train(*a, after_epoch=lambda *row: interrupted(), **k))
+        return fit_into(adata, start, *args, **kwargs)
+
+    monkeypatch.setattr(tune_module, "fit_into", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        sx.tl.tune(adata, space={"n_latent": (2, 12)}, n_trials=2, **SMALL)
+    assert sx.get.fits(adata).index.tolist() == ["scvi", "scvi_interrupted"]
+    assert len(sx.get.tuning_df(adata)) == 2  # it is found, although the last fit has another name
 
 
 def test_a_timeout_begins_no_further_trial(adata):
     sx.tl.tune(adata, space={"n_latent": (2, 12)}, n_trials=1000, timeout=0.5, **SMALL)
     assert 1 <= len(sx.get.tuning_df(adata)) < 1000
+    with pytest.raises(ValueError, match="No trial was complete after timeout=1e-09 seconds"):
+        sx.tl.tune(adata, space={"n_latent": (2, 12)}, timeout=1e-9, **SMALL)
 
 
 # ---- shared searches -----------------------------------------------------------------------------------------------
@@ -414,6 +473,139 @@ def test_a_kept_search_about_something_else_is_refused(adata, tmp_path, change, 
     sx.tl.tune(adata, **options | change | {"study_name": "another"})
 
 
+def test_metrics_are_told_apart_by_their_arguments(adata, tmp_path):
+    options = {"space": {"n_latent": [2, 4]}, "n_trials": 1, "storage": tmp_path / "search.log", **SMALL}
+    sx.tl.tune(adata, metric=partial(sx.metrics.knn_purity, n_neighbors=5), **options)
+    assert sx.get.tuning_params(adata)["metric"] == "knn_purity(n_neighbors=5)"
+    sx.tl.tune(adata, metric=partial(sx.metrics.knn_purity, n_neighbors=5), **options)
+    with pytest.raises(ValueError, match="about something else"):
+        sx.tl.tune(adata, metric=partial(sx.metrics.knn_purity, n_neighbors=6), **options)
+    options |= {"study_name": "lambda"}
+    sx.tl.tune(adata, metric=lambda adata: adata.obsm["X_scvi"].std().item(), **options)
+    sx.tl.tune(adata, metric=lambda adata: adata.obsm["X_scvi"].std().item(), **options)
+    with pytest.raises(ValueError, match="about something else"):
+        sx.tl.tune(adata, metric=lambda adata: adata.obsm["X_scvi"].mean().item(), **options)
+
+
+def test_the_fit_that_is_started_from_makes_another_search(adata, tmp_path):
+    options = {"init_from": "scvi", "n_trials": 1, "max_epochs": 1, "storage": tmp_path / "search.log"}
+    for seed in (0, 1):
+        sx.tl.fit(adata, seed=seed, **SMALL)
+        if seed:
+            with pytest.raises(ValueError, match=r"about something else .*starts from"):
+                sx.tl.tune(adata, "scanvi", **options)
+        else:
+            sx.tl.tune(adata, "scanvi", **options)
+    assert set(sx.get.tuning_df(adata, "scanvi")) == {"state", "value", "lr", "seconds", "note"}
+
+
+def test_what_says_the_same_is_the_same_search(adata, tmp_path):
+    options = {"space": {"n_latent": [2, 4]}, "storage": tmp_path / "search.log", "n_trials": 1}
+    sx.tl.tune(adata, max_epochs=2, **options)
+    sx.tl.tune(adata, max_epochs=np.int64(2), n_layers=1, device="cpu", **options)
+    assert sx.get.tuning_params(adata)["options"] == "max_epochs=2"
+
+
+def test_a_study_of_another_program_is_left_alone(adata, tmp_path):
+    file = str(tmp_path / "theirs.log")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(file))
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.create_study(storage=storage, study_name="scvi", direction="minimize")
+    optuna.create_study(storage=storage, study_name="two", directions=["minimize", "maximize"])
+    optuna.logging.set_verbosity(verbosity)
+    for name in ("scvi", "two"):
+        with pytest.raises(ValueError, match=r"not made by tl\.tune: give another study_name"):
+            sx.tl.tune(adata, space={"n_latent": [2]}, n_trials=1, storage=file, study_name=name, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"my notes\n", "a file of something else"),
+        (b"my notes, in one line", "a file of something else"),
+        (b'{"other": 1}\n', "a file of something else"),
+        (b"\x89HDF\r\n\x1a\n\x00", "a file of something else"),
+    ],
+)
+def test_files_of_something_else_stay_as_they_are(adata, tmp_path, content, message):
+    file = tmp_path / "mine.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        sx.tl.tune(adata, space={"n_latent": [2]}, n_trials=1, storage=file, **SMALL)
+    assert file.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_places_that_cannot_be_used_are_named(adata, tmp_path):
+    options = {"space": {"n_latent": [2]}, "n_trials": 1, **SMALL}
+    with pytest.raises(OSError, match=f"storage='{tmp_path}' cannot be read and written"):
+        sx.tl.tune(adata, storage=tmp_path, **options)
+    with pytest.raises(ValueError, match="is no database that can be reached"):
+        sx.tl.tune(adata, storage="nothing://me:secret@host/search", **options)
+    with pytest.raises(OSError, match=r"search\.db' cannot be used"):
+        sx.tl.tune(adata, storage=f"sqlite:///{tmp_path}/no/search.db", **options)
+    assert "secret" not in _study._shown("postgresql://me:secret@host/search")
+
+
+def test_half_a_line_that_a_lost_process_has_left_is_passed_over(adata, tmp_path):
+    options = {"space": {"n_latent": (2, 12)}, "storage": tmp_path / "search.log", **SMALL}
+    sx.tl.tune(adata, n_trials=2, **options)
+    with (tmp_path / "search.log").open("ab") as file:
+        file.write(b'{"op_code": 6, "worker_id": "lost')
+    sx.tl.tune(adata, n_trials=4, **options)
+    assert sx.get.tuning_df(adata)["state"].tolist() == ["complete"] * 4
+
+
+def test_a_lock_that_a_lost_process_has_left_can_be_seen_to_be_old(adata, tmp_path, monkeypatch):
+    """Optuna breaks it after a while; of a relative path it could not tell how old it is."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    locks = []
+    lock = optuna.storages.journal.JournalFileSymlinkLock
+    monkeypatch.setattr(
+        optuna.storages.journal, "JournalFileSymlinkLock", lambda path: locks.append(path) or lock(path)
+    )
+    sx.tl.tune(adata, space={"n_latent": [2]}, n_trials=1, storage="folder/search.log", **SMALL)
+    assert locks == [str(tmp_path / "folder" / "search.log")]
+
+
+def test_processes_that_begin_together_share_a_new_database(tmp_path):
+    """Each of them finds no tables yet and makes them."""
+    barrier = threading.Barrier(4)
+    place = f"sqlite:///{tmp_path}/search.db"
+
+    def begin(_: int) -> int:
+        barrier.wait()
+        options = {"direction": "maximize", "prune": True, "seed": 0, "about": {"a": "b"}, "first": {"x": 3}}
+        with _study.quiet():
+            study = _study.open_study(place, "scvi", **options)
+            return study.ask({"x": optuna.distributions.IntDistribution(0, 10**6)}).params["x"]
+
+    with ThreadPoolExecutor(4) as pool:
+        values = list(pool.map(begin, range(4)))
+    assert values.count(3) == 1  # the first one has the defaults
+    assert len(set(values)) == 4
+
+
+def test_a_metric_that_is_repaired_still_begins_with_the_defaults(adata, tmp_path):
+    def metric(adata: ad.AnnData) -> float:
+        if len(mistakes) < 2:
+            mistakes.append(1)
+            raise NameError("a typo")
+        return 1.0
+
+    mistakes = []
+    options = {"space": {"n_latent": (2, 40)}, "metric": metric, "storage": tmp_path / "search.log", **SMALL}
+    for _ in range(2):
+        with pytest.raises(NameError):
+            sx.tl.tune(adata, n_trials=2, **options)
+    sx.tl.tune(adata, n_trials=2, **options)
+    trials = sx.get.tuning_df(adata)
+    assert trials["state"].tolist() == ["interrupted", "interrupted", "complete", "complete"]
+    assert trials["n_latent"].tolist()[:3] == [10, 10, 10]
+
+
 def test_a_kept_search_of_other_cells_is_refused(adata, tmp_path):
     options = {"space": {"n_latent": [2, 3]}, "n_trials": 1, "storage": tmp_path / "search.log", **SMALL}
     sx.tl.tune(adata, **options)
@@ -455,6 +647,11 @@ def test_a_kept_search_of_other_cells_is_refused(adata, tmp_path):
         ({"space": {"n_latent": [2]}, "resume": True}, TypeError, "no keyword 'resume'"),
         ({"space": {"n_latent": [2]}, "train_size": 1.0}, ValueError, "there are none: choose a smaller train_size"),
         ({"space": {"n_latent": [2]}, "storage": 5}, TypeError, "storage=5"),
+        ({"space": {"n_latent": [2]}, "storage": ""}, TypeError, "storage=''"),
+        ({"space": {"n_latent": [2]}, "study_name": ""}, TypeError, "study_name=''"),
+        ({"space": {"n_latent": [2]}, "prune": "no"}, TypeError, "prune='no'"),
+        ({"space": {"n_latent": {3, 5}}}, TypeError, "is a set; a list of values"),
+        ({"space": {"n_latent": [0, 2]}}, ValueError, r"space\['n_latent'\], value 0"),
         ({"space": {"n_latent": [2]}, "storage": "no/such/folder/s.log"}, FileNotFoundError, "no folder"),
         ({"space": {"n_latent": [2]}, "storage": "redis://localhost"}, ValueError, "pickles"),
         ({"space": {"n_latent": [2]}, "key_added": "a/b"}, ValueError, "key_added='a/b'"),
@@ -484,22 +681,48 @@ def test_distributions_of_optuna_are_taken(adata):
 
 
 @pytest.mark.parametrize("model", ["scvi", "ldvae", "vaec", "scanvi", "autozi", "totalvi"])
-def test_every_model_has_something_to_search(model):
+def test_every_model_has_something_to_search_and_begins_with_its_defaults(model):
     adata = sx.datasets.synthetic_cite()[:80].copy()
     adata.obs["label"] = np.resize(["a", "b"], 80)
     sx.pp.setup_anndata(adata, batch_key="batch", labels_key="label", protein_obsm_key="protein_expression")
     sx.tl.tune(adata, model, n_trials=1, max_epochs=1, progress=False)
     searched = set(sx.get.tuning_df(adata)) - {"state", "value", "seconds", "note"}
     assert {"n_latent", "n_hidden", "n_layers", "lr"} <= searched
+    sx.tl.fit(adata, model, key_added="default", max_epochs=1, progress=False)
+    default = sx.get.history(adata, "default")["elbo_validation"].iloc[-1]
+    assert sx.get.tuning_df(adata, model)["value"][0] == default
 
 
 def test_a_search_that_is_not_there(adata):
     with pytest.raises(KeyError, match=r"call scvi_ext\.tl\.tune first"):
         sx.get.tuning_df(adata)
     sx.tl.tune(adata, space={"n_latent": [2]}, n_trials=1, key_added="mine", refit=False, **SMALL)
-    with pytest.raises(KeyError, match="there are searches called 'mine'"):
-        sx.get.tuning_df(adata)
-    assert len(sx.get.tuning_df(adata, "mine")) == 1
+    assert len(sx.get.tuning_df(adata)) == len(sx.get.tuning_df(adata, "mine")) == 1  # the only one
+    with pytest.raises(KeyError, match="no search for the fit 'scvi'; there are those called 'mine'"):
+        sx.get.tuning_df(adata, "scvi")
+
+
+def test_a_metric_may_do_with_its_cells_what_it_likes(adata):
+    """Each trial gets a copy: neither the user's cells nor those of the next trial change."""
+    adata.layers["counts"] = adata.X.copy()
+    adata.obsm["X_mine"] = np.ones((90, 2))
+    before, shapes = adata.copy(), []
+
+    def metric(cells: ad.AnnData) -> float:
+        shapes.append((cells.shape, "mark" in cells.obs))
+        sc.pp.normalize_total(cells)
+        sc.pp.log1p(cells)
+        cells.layers["counts"].data[:] = 0
+        cells.obsm["X_mine"] *= 0
+        cells.obs["mark"] = 1
+        cells._inplace_subset_obs(np.arange(20))
+        return float(len(shapes))
+
+    sx.tl.tune(adata, space={"n_latent": (2, 12)}, metric=metric, n_trials=3, refit=False, **SMALL)
+    assert shapes == [((90, 30), False)] * 3
+    assert (adata.X != before.X).nnz == 0
+    assert (adata.layers["counts"] != before.layers["counts"]).nnz == 0
+    np.testing.assert_array_equal(adata.obsm["X_mine"], 1)
 
 
 def test_verbosity_and_loggers_are_left_as_they_were(adata):
