@@ -58,7 +58,7 @@ def brain_large(*, n_cells: int | None = None, n_genes: int | None = 720) -> Ann
     OSError
         The file is not in ``sc.settings.datasetdir`` and cannot be downloaded.
     ValueError
-        The file is not the one that it should be, or it has fewer cells or genes.
+        There are fewer cells or genes, or the file is not the one that it should be.
 
     Examples
     --------
@@ -71,15 +71,11 @@ def brain_large(*, n_cells: int | None = None, n_genes: int | None = 720) -> Ann
     ----------
     10x Genomics (2017), 1.3 million brain cells from E18 mice.
     """
-    if n_cells is not None:
-        n_cells = whole_number("n_cells", n_cells, least=1)
-    if n_genes is not None:
-        n_genes = whole_number("n_genes", n_genes, least=1)
-    with h5py.File(sample_file("1M_neurons").path()) as file:
+    sample = sample_file("1M_neurons")
+    all_cells, all_genes = sample.shape
+    n_cells, n_genes = _at_most("n_cells", n_cells, all_cells), _at_most("n_genes", n_genes, all_genes)
+    with h5py.File(sample.path()) as file:
         (matrix,) = file.values()  # one group, called after the genome
-        all_genes, all_cells = (int(n) for n in matrix["shape"][()])
-        n_cells = _at_most("n_cells", n_cells, all_cells)
-        n_genes = _at_most("n_genes", n_genes, all_genes)
         starts = matrix["indptr"][: n_cells + 1].astype(np.int64)
         genes = _most_variable(matrix, starts[: _SAMPLE + 1], all_genes, n_genes)
         counts = vstack([piece[:, genes] for piece in _pieces(matrix, starts, all_genes)], format="csr")
@@ -92,10 +88,13 @@ def brain_large(*, n_cells: int | None = None, n_genes: int | None = 720) -> Ann
 
 
 def _at_most(name: str, wanted: int | None, there: int) -> int:
-    if wanted is not None and wanted > there:
+    if wanted is None:
+        return there
+    wanted = whole_number(name, wanted, least=1)
+    if wanted > there:
         msg = f"{name}={wanted} is more than the {there} that there are."
         raise ValueError(msg)
-    return there if wanted is None else wanted
+    return wanted
 
 
 def _pieces(matrix: h5py.Group, starts: np.ndarray, n_genes: int) -> Iterator[csr_matrix]:

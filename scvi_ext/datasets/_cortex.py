@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from scvi_ext._errors import listing
+from scvi_ext._errors import listing, whole_number
 
 from ._files import File, read_table, to_anndata
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
 
 _FILE = File(
@@ -86,9 +88,12 @@ def cortex(*, n_genes: int | None = None) -> AnnData:
     Zeisel et al. (2015), Cell types in the mouse cortex and hippocampus revealed by single-cell RNA-seq, Science 347,
     1138, doi:10.1126/science.aaa1934.
     """
-    if n_genes is not None and not 1 <= n_genes <= _FILE.shape[1]:
-        raise ValueError(f"{n_genes=} is not from 1 to {_FILE.shape[1]}, the number of genes.")
-    adata = _read()
+    if n_genes is not None:
+        n_genes = whole_number("n_genes", n_genes, least=1)
+        if n_genes > _FILE.shape[1]:
+            raise ValueError(f"{n_genes=} is more than the {_FILE.shape[1]} that there are.")
+    with _FILE.opened() as path:
+        adata = _read(path)
     if n_genes is None:
         return adata
     import scanpy as sc
@@ -99,8 +104,7 @@ def cortex(*, n_genes: int | None = None) -> AnnData:
     return adata[:, chosen["highly_variable"].to_numpy()].copy()
 
 
-def _read() -> AnnData:
-    path = _FILE.path()
+def _read(path: Path) -> AnnData:
     # Lines begin with an empty field, then comes the name.
     header = pd.read_csv(path, sep="\t", header=None, nrows=len(_HEADER), na_filter=False, dtype=str)
     obs = header.iloc[:, 1:].set_index(1).T

@@ -1,18 +1,21 @@
 """Files from elsewhere, kept where scanpy keeps its own, and never read unless they are the right ones.
 
 Beside ``<file>`` there may be ``<file>.part`` and ``<file>.part.json`` (an interrupted download, which goes on from
-there, and what it is a part of), ``<file>.verified`` (a large file that was verified: size and time of change) and
-``<file>.sha256`` (where nobody published a checksum: that of the file that was first there), and while it is
-downloaded ``<file>.lock``.
+there, and what it is a part of), ``<file>.json`` (where it was downloaded from), ``<file>.verified`` (a large file that
+was verified: size and time of change) and ``<file>.sha256`` (where nobody published a checksum: that of the file that
+was first read), and while it is downloaded ``<file>.lock`` and ``<file>.part.unpacked``.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -33,6 +36,7 @@ _PIECE = 1 << 16  # bytes; what a cut connection loses at most
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # a server that has no time now
 # Files up to here are read in full before every use, in less than a second; larger ones when they have changed.
 _ALWAYS_HASHED = 256 * 2**20
+_GZIP = b"\x1f\x8b"  # how a packed file begins
 
 
 def download(url: str, file_name: str, checksum: str | None, *, size: int | None = None) -> Path:
@@ -50,8 +54,7 @@ def download(url: str, file_name: str, checksum: str | None, *, size: int | None
         What it is called in the folder.
     checksum
         What was published: ``"sha256:<hex>"``, ``"md5:<hex>"``, or ``"git:<hex>"``, the name of the file's content in
-        a git repository. None where nothing was: then the SHA-256 of the first file is written beside it, and holds
-        from then on.
+        a git repository. None where nothing was: then that holds which :func:`keep_first_checksum` has kept.
     size
         Bytes, if that is known.
 
@@ -60,9 +63,9 @@ def download(url: str, file_name: str, checksum: str | None, *, size: int | None
     ImportError
         A package that downloads is not installed.
     OSError
-        The file is not there and cannot be had.
+        The file is not there and cannot be had, or the folder cannot be written.
     ValueError
-        It has another size or checksum.
+        It has another size or checksum, or is from elsewhere and has no published checksum.
     """
     import scanpy as sc
 
@@ -80,9 +83,33 @@ def download(url: str, file_name: str, checksum: str | None, *, size: int | None
             + _if_it_is_right(path)
         )
         raise ValueError(msg)
-    if checksum is None:
-        _keep_first_checksum(path)
+    source = _read_json(_beside(path, "json")).get("url", url)
+    if checksum is None and source != url:
+        msg = (
+            f"{str(path)!r} was downloaded from {source}, and not from {url}. Choose another name for this one; or, if "
+            "both are the same file, give its checksum; or delete the one that is there."
+        )
+        raise ValueError(msg)
     return path
+
+
+def keep_first_checksum(path: Path) -> None:
+    """Write the SHA-256 of a file of which none was published beside it, once it was read: it holds from then on."""
+    from scanpy import logging as logg
+
+    if checksum_note(path).exists():
+        return
+    found = _digest(path, "sha256")
+    _write_beside(checksum_note(path), f"{found.partition(':')[2]}  {path.name}\n")  # as sha256sum writes it
+    logg.info(
+        f"nobody has published a checksum of {path.name!r}, so that it could not be verified; that of this file is "
+        f"kept beside it, and compared from now on ({found})"
+    )
+
+
+def checksum_note(path: Path) -> Path:
+    """Where :func:`keep_first_checksum` writes it."""
+    return _beside(path, "sha256")
 
 
 # ---- is it the right file? -----------------------------------------------------------------------------------------
@@ -118,25 +145,12 @@ def _digest(path: Path, kind: str) -> str:
 
 def _first_checksum(path: Path) -> str | None:
     with suppress(OSError, IndexError):
-        return f"sha256:{_beside(path, 'sha256').read_text().split()[0]}"
-
-
-def _keep_first_checksum(path: Path) -> None:
-    from scanpy import logging as logg
-
-    if _beside(path, "sha256").exists():
-        return
-    found = _digest(path, "sha256")
-    _write_beside(_beside(path, "sha256"), f"{found.partition(':')[2]}  {path.name}\n")  # as sha256sum writes it
-    logg.info(
-        f"nobody has published a checksum of {path.name!r}, so that it could not be verified; that of this file is "
-        f"kept beside it, and compared from now on ({found})"
-    )
+        return f"sha256:{checksum_note(path).read_text().split()[0]}"
 
 
 def _if_it_is_right(path: Path) -> str:
     """What to do about a checksum that nobody but the first download has given."""
-    note = _beside(path, "sha256")
+    note = checksum_note(path)
     return f" If it is the right one after all, delete {note.name!r}." if note.exists() else ""
 
 
@@ -169,19 +183,28 @@ def _fetch_alone(url: str, path: Path, checksum: str | None, size: int | None) -
     except ImportError as error:
         msg = f"{path.name!r} is downloaded by {error.name}, which is not installed: pip install 'scvi-ext[data]'."
         raise ImportError(msg) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_beside(path, "lock"))
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logg.info(f"waiting for another process, which downloads {path.name!r}")
-        lock.acquire()
-    try:
-        if not path.exists():
-            _fetch(url, path, checksum, size)
-    finally:
-        _beside(path, "lock").unlink(missing_ok=True)  # whoever still waits for it will find the file
-        lock.release()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_beside(path, "lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logg.info(f"waiting for another process, which downloads {path.name!r}")
+            lock.acquire()
+        try:
+            if not path.exists():
+                _fetch(url, path, checksum, size)
+        finally:
+            _beside(path, "lock").unlink(missing_ok=True)  # whoever still waits for it will find the file
+            lock.release()
+    except OSError as error:
+        if error.errno is None:  # not one of the disk
+            raise
+        msg = (
+            f"{path.name!r} cannot be written into {str(path.parent)!r} ({os.strerror(error.errno)}). Make that "
+            "possible, or choose another folder: sc.settings.datasetdir = ..."
+        )
+        raise OSError(error.errno, msg) from error
 
 
 def _fetch(url: str, path: Path, checksum: str | None, size: int | None) -> None:
@@ -189,11 +212,13 @@ def _fetch(url: str, path: Path, checksum: str | None, size: int | None) -> None
 
     part, stamp = _beside(path, "part"), _beside(path, "verified")
     went_on = _persist(url, path, part, checksum, size)
-    if (wrong := _wrong(part, checksum, size, stamp)) and went_on:  # the fault may lie in what was there before
+    whole = _unpacked(part, path)
+    if (wrong := _wrong(whole, checksum, size, stamp)) and went_on:  # the fault may lie in what was there before
         logg.warning(f"the pieces of {path.name!r} do not belong together: it is downloaded anew")
         _discard(part)
         _persist(url, path, part, checksum, size)
-        wrong = _wrong(part, checksum, size, stamp)
+        whole = _unpacked(part, path)
+        wrong = _wrong(whole, checksum, size, stamp)
     if wrong:
         _discard(part)
         msg = (
@@ -203,7 +228,8 @@ def _fetch(url: str, path: Path, checksum: str | None, size: int | None) -> None
             "package." + _if_it_is_right(path)
         )
         raise ValueError(msg)
-    part.replace(path)
+    _beside(part, "json").replace(_beside(path, "json"))
+    whole.replace(path)
     _discard(part)
     logg.info(f"downloaded {url}\n    {path.stat().st_size} bytes, to {str(path)!r}")
 
@@ -250,10 +276,12 @@ def _transfer(url: str, part: Path, checksum: str | None, size: int | None) -> b
             response.raise_for_status()
             goes_on = bool(have) and response.status_code == requests.codes.partial_content
             total = _range(response)[1] if goes_on else _length(response)
-            same = _range(response)[0] == have and known.get("total") in (None, total)
+            packed = response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip")
+            same = (_range(response)[0], packed) == (have, known.get("packed")) and known.get("total") in (None, total)
             if not goes_on or (same and _mark(response) in (None, known.get("mark"))):
                 have = have if goes_on else 0
-                note = {"url": url, "mark": known.get("mark") if goes_on else _mark(response), "total": total}
+                mark = known.get("mark") if goes_on else _mark(response)
+                note = {"url": url, "mark": mark, "total": total, "packed": packed}
                 _beside(part, "json").write_text(json.dumps(note))
                 _receive(response, part, have, total)
                 return goes_on
@@ -263,15 +291,40 @@ def _transfer(url: str, part: Path, checksum: str | None, size: int | None) -> b
 
 def _receive(response: Response, part: Path, have: int, total: int | None) -> None:
     import requests
+    from urllib3.exceptions import HTTPError
 
     bar = progress_bar(total, part.stem, "B", None, done=have, unit_scale=True, unit_divisor=1024)
     with part.open("ab" if have else "wb") as file, bar:
-        for piece in response.iter_content(_PIECE):
-            file.write(piece)
-            bar.update(len(piece))
+        try:
+            # As they are sent, packed or not: sizes and ranges are those of these bytes.
+            for piece in response.raw.stream(_PIECE, decode_content=False):
+                file.write(piece)
+                bar.update(len(piece))
+        except HTTPError as error:
+            raise requests.ConnectionError(error) from error
     if total is not None and _size(part) < total:
         msg = f"the connection ended after {_size(part)} of {total} bytes"
         raise requests.ConnectionError(msg)
+
+
+def _unpacked(part: Path, path: Path) -> Path:
+    """The file without what the server has packed it into, although it was asked not to; ``part``, if that is it.
+
+    Servers also call files packed that are kept that way, ``.csv.gz`` for example, and these stay as they are.
+    """
+    if not _read_json(_beside(part, "json")).get("packed"):
+        return part
+    unpacked = _beside(part, "unpacked")
+    try:
+        with gzip.open(part) as content:
+            if path.suffix.lower() in (".gz", ".tgz") and content.read(len(_GZIP)) != _GZIP:
+                return part
+            content.seek(0)
+            with unpacked.open("wb") as file:
+                shutil.copyfileobj(content, file)
+    except (EOFError, gzip.BadGzipFile, zlib.error):  # it is not what the server calls it
+        return part
+    return unpacked
 
 
 def _mark(response: Response) -> str | None:
@@ -299,7 +352,7 @@ def _passes(error: Exception) -> bool:
 
     if isinstance(error, requests.HTTPError):
         return error.response.status_code in _TRANSIENT
-    return isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, requests.ConnectionError | requests.Timeout)
 
 
 def _cannot(url: str, path: Path, error: Exception) -> str:
@@ -319,7 +372,7 @@ def _size(path: Path) -> int:
 
 
 def _discard(part: Path) -> None:
-    for path in (part, _beside(part, "json")):
+    for path in (part, _beside(part, "json"), _beside(part, "unpacked")):
         path.unlink(missing_ok=True)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +13,19 @@ from anndata import AnnData
 from anndata.utils import make_index_unique
 from scipy.sparse import csr_matrix, vstack
 
-from scvi_ext._errors import listing
+from scvi_ext._errors import first_line, listing
 
-from ._download import download
+from ._download import checksum_note, download, keep_first_checksum
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 _ROWS = 1000  # of a table that are dense at once
 _ENTRIES = 2**23  # of a matrix that are dense at once: 64 MB
+
+
+class DataError(ValueError):
+    """A ValueError about a file in our own words, which :meth:`File.opened` leaves as it is."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,49 @@ class File:
     shape: tuple[int, int] | None = None
 
     def path(self) -> Path:
+        """Where it is; without a checksum it may be anything, and is to be read while it is :meth:`opened`."""
         return download(self.url, self.name, self.checksum, size=self.size)
 
-    def is_wrong(self, what: str) -> ValueError:
+    @contextmanager
+    def opened(self) -> Iterator[Path]:
+        """Where it is, while it is read: what fails is said of the file, and only one that can be read is vouched for.
+
+        Raises
+        ------
+        ValueError
+            It is empty, or it is not what can be read.
+        """
+        path = self.path()
+        if path.stat().st_size == 0:
+            raise self.is_wrong("is empty")
+        try:
+            yield path
+        except (DataError, ImportError, MemoryError, Warning):
+            raise
+        except Exception as error:  # there is nothing that readers do not raise at what is not their format
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk
+                raise
+            raise self.is_wrong(f"cannot be read ({first_line(error)})") from error
+        if self.checksum is None:
+            keep_first_checksum(path)
+
+    def is_wrong(self, what: str) -> DataError:
         """A ValueError that says what is wrong with the file, and what to do."""
         import scanpy as sc
 
-        msg = (
-            f"{self.name!r} {what}, so that it is not the file that was published. Delete it from "
-            f"{str(sc.settings.datasetdir)!r}, and it is downloaded again from {self.url}."
-        )
-        return ValueError(msg)
+        path = Path(sc.settings.datasetdir) / self.name
+        folder, note = str(path.parent), checksum_note(path)
+        if self.checksum:
+            advice = (
+                f"The file in {folder!r} has the right checksum: {self.url} has another file than it seems, or what "
+                "reads it is too old or too new."
+            )
+        else:
+            files = f"both it and {note.name!r}" if note.exists() else "it"
+            advice = (
+                f"It is not what was expected: delete {files} from {folder!r}, to download it again from {self.url}."
+            )
+        return DataError(f"{self.name!r} {what}. {advice}")
 
 
 def to_anndata(counts: Any, obs: pd.DataFrame, genes: pd.Index, file: File, **obsm: Any) -> AnnData:

@@ -88,8 +88,12 @@ def hemato() -> AnnData:
         if set(found) != {_FATES, _GENES}:
             raise _TABLES.is_wrong(f"lacks {_FATES!r} or {_GENES!r}")
         fates, genes = pd.read_csv(found[_FATES]), found[_GENES].read_text().split()
-    counts, cells = _read(genes)
+    with _COUNTS.opened() as path:
+        return _with_fates(*_read(path, genes), genes, fates)
 
+
+def _with_fates(counts: csr_matrix, cells: pd.DataFrame, genes: list[str], fates: pd.DataFrame) -> AnnData:
+    """The cells whose fates are known, but those of the poor library."""
     cells["row"] = np.arange(len(cells))
     cells = cells[cells["library_id"] != _POOR].merge(fates, how="inner")  # by all columns that both have
     rows = cells.pop("row").to_numpy()
@@ -99,9 +103,8 @@ def hemato() -> AnnData:
     return to_anndata(counts[rows], obs, pd.Index(genes), _COUNTS, X_spring=spring)
 
 
-def _read(genes: list[str]) -> tuple[csr_matrix, pd.DataFrame]:
+def _read(path: Path, genes: list[str]) -> tuple[csr_matrix, pd.DataFrame]:
     """Counts of these genes, and what the table says of the cells."""
-    path = _COUNTS.path()
     header = pd.read_csv(path, nrows=0).columns
     if missing := {*genes, *_OF_CELLS} - set(header):
         raise _COUNTS.is_wrong(f"lacks {len(missing)} columns, among them {min(missing)!r}")

@@ -10,6 +10,8 @@ import pandas as pd
 from ._files import File, read_loom, to_anndata
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
 
 _FILE = File(
@@ -84,13 +86,19 @@ def smfish(*, use_high_level_cluster: bool = True) -> AnnData:
     Codeluppi et al. (2018), Spatial organization of the somatosensory cortex revealed by osmFISH, Nature Methods 15,
     932, doi:10.1038/s41592-018-0175-z.
     """
-    counts, of_genes, of_cells, _ = read_loom(_FILE.path())
+    with _FILE.opened() as path:
+        adata = _read(path, use_high_level_cluster)
+    adata = adata[(adata.obs[["cell_type", "cluster"]] != _EXCLUDED).all(axis=1)].copy()
+    adata.obs = adata.obs.astype("category")
+    return adata
+
+
+def _read(path: Path, use_high_level_cluster: bool) -> AnnData:
+    """All cells, also those that are excluded."""
+    counts, of_genes, of_cells, _ = read_loom(path)
     cluster = pd.Series(of_cells["ClusterName"], index=of_cells["CellID"].astype(str))
     obs = pd.DataFrame({"cell_type": cluster, "cluster": cluster, "region": of_cells["Region"]}, index=cluster.index)
     if use_high_level_cluster:
         obs["cell_type"] = cluster.str.lower().str.partition(" ")[0].map(_HIGH_LEVEL).fillna(_EXCLUDED)
     places = np.column_stack([of_cells["X"], of_cells["Y"]]).astype(float)
-    adata = to_anndata(counts, obs, pd.Index(of_genes["Gene"]), _FILE, spatial=places)
-    adata = adata[(adata.obs[["cell_type", "cluster"]] != _EXCLUDED).all(axis=1)].copy()
-    adata.obs = adata.obs.astype("category")
-    return adata
+    return to_anndata(counts, obs, pd.Index(of_genes["Gene"]), _FILE, spatial=places)

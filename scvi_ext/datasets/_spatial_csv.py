@@ -106,8 +106,9 @@ def mouse_ob() -> AnnData:
 
 
 def _read(file: File) -> AnnData:
-    counts, spots, genes = read_table(file, file.path(), sep="\t")
-    places = spots.str.extract(r"^([\d.]+)x([\d.]+)$").astype(float)
-    if misnamed := spots[places.isna().any(axis=1)].tolist():
-        raise file.is_wrong(f"has spots that are not named by x and y, like '16.92x9.015': {listing(misnamed, 3)}")
-    return to_anndata(counts, pd.DataFrame(index=spots), genes, file, spatial=places.to_numpy())
+    with file.opened() as path:
+        counts, spots, genes = read_table(file, path, sep="\t")
+        places = spots.str.extract(r"^([\d.]+)x([\d.]+)$").astype(float)
+        if misnamed := spots[places.isna().any(axis=1)].tolist():
+            raise file.is_wrong(f"has spots that are not named by x and y, like '16.92x9.015': {listing(misnamed, 3)}")
+        return to_anndata(counts, pd.DataFrame(index=spots), genes, file, spatial=places.to_numpy())

@@ -44,8 +44,8 @@ def dataset_10x(name: str, *, filtered: bool = True) -> AnnData:
 
     The file, 2 MB to some 150 MB if filtered (``1M_neurons``, which :func:`scvi_ext.datasets.brain_large` reads in
     pieces: 4.2 GB), is downloaded once into ``sc.settings.datasetdir``. Genes are not filtered. For 12 samples somebody
-    has published a checksum, which is verified; otherwise the one of the first download holds from then on, and the
-    number of cells is checked where it is known. 10x Genomics shares its data under CC BY 4.0.
+    has published a checksum, which is verified; otherwise the one of the first file that could be read holds from then
+    on, and the number of cells is checked where it is known. 10x Genomics shares its data under CC BY 4.0.
 
     Parameters
     ----------
@@ -94,7 +94,8 @@ def dataset_10x(name: str, *, filtered: bool = True) -> AnnData:
     transcriptional profiling of single cells, Nature Communications 8, 14049, doi:10.1038/ncomms14049.
     """
     file = sample_file(name, filtered=filtered)
-    return read_sample(file, file.path())
+    with file.opened() as path:
+        return read_sample(file, path)
 
 
 def brain_small() -> AnnData:
@@ -145,10 +146,11 @@ def brain_small() -> AnnData:
     """
     table = read_frames(_BRAIN_SMALL.path())
     file = sample_file("neuron_9k")
-    adata = read_sample(file, file.path())
     quality = table["raw_qc"]
-    if set(quality.index) != set(adata.obs_names):
-        raise file.is_wrong("has other barcodes than the table of its quality")
+    with file.opened() as path:
+        adata = read_sample(file, path)
+        if set(quality.index) != set(adata.obs_names):
+            raise file.is_wrong("has other barcodes than the table of its quality")
     cluster = table["clusters"]["Cluster"].loc[adata.obs_names]
     names = [str(i) for i in sorted(cluster.unique())]
     adata.obs["cluster"] = pd.Categorical(cluster.astype(str), categories=names)

@@ -7,15 +7,18 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
+import h5py
 import numpy as np
 import pandas as pd
 
 from scvi_ext._errors import listing, one_of
 
 from ._download import extract
-from ._files import File, to_anndata
+from ._files import DataError, File, to_anndata
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from anndata import AnnData
 
 _URL = "https://cf.10xgenomics.com/samples/cell-exp/{version}/{name}/{file}"
@@ -59,7 +62,7 @@ SAMPLES = {
     "pbmc6k": _Sample("1.1.0", _MEX, "md5:4c9a44cd9386234b3168016945b5b072"),  # [B]
     "pbmc33k": _Sample("1.1.0", _MEX, "md5:fef79ae6064f704888df538aba3f1d5c"),  # [B]
     # Chemistry v2
-    "1M_neurons": _Sample("1.3.0", _H5, "md5:f97b8c67e57a534816b9b2bccf31476b"),  # [B]
+    "1M_neurons": _Sample("1.3.0", _H5, "md5:f97b8c67e57a534816b9b2bccf31476b", (1_306_127, 27_998)),  # [B]
     "pbmc8k": _Sample("2.1.0", _MEX, "md5:cbb3a7553ece7eaddeb8a56df781ccb0"),  # [B]
     "pbmc4k": _Sample("2.1.0", _MEX, "md5:f61f4deca423ef0fa82d63fdfa0497f7"),  # [B]
     "t_3k": _Sample("2.1.0", _MEX),
@@ -104,7 +107,7 @@ def read_sample(file: File, path: Path, *, genome: str | None = None) -> AnnData
     with warnings.catch_warnings():
         # Gene symbols are no unique names; they are made so below
         warnings.filterwarnings("ignore", message="Variable names are not unique", category=UserWarning)
-        read = _read(path, genome)
+        read = _read(file, path, genome)
     types = read.var.get("feature_types", pd.Series("Gene Expression", read.var_names))
     is_gene, is_protein = (types == "Gene Expression").to_numpy(), (types == _PROTEIN).to_numpy()
     if not (is_gene | is_protein).all():
@@ -124,21 +127,45 @@ def read_sample(file: File, path: Path, *, genome: str | None = None) -> AnnData
     return adata
 
 
-def _read(path: Path, genome: str | None) -> AnnData:
+def _read(file: File, path: Path, genome: str | None) -> AnnData:
     """All features, by scanpy."""
     import scanpy as sc
 
-    if path.suffix == ".h5":
+    if path.suffix.lower() == ".h5":
+        with h5py.File(path) as opened:
+            there = {name for name, group in opened.items() if isinstance(group, h5py.Group) and "barcodes" in group}
+            if genome is not None and "matrix" in there:  # since version 3 there is one for all genomes
+                there = set(opened["matrix/features/genome"].asstr()[()])
+        _check_genome(file, genome, there)
         return sc.read_10x_h5(path, genome=genome, gex_only=False)
 
+    there = {}
+
     def wanted(member: str) -> bool:
-        *folders, name = PurePosixPath(member).parts
-        is_table = name.removesuffix(".gz") in ("matrix.mtx", "genes.tsv", "features.tsv", "barcodes.tsv")
-        return is_table and (genome is None or genome in folders)
+        place = PurePosixPath(member)
+        if place.name.removesuffix(".gz") not in ("matrix.mtx", "genes.tsv", "features.tsv", "barcodes.tsv"):
+            return False
+        there[place.parent.name] = True
+        return place.parent.name == (next(iter(there)) if genome is None else genome)
 
     with TemporaryDirectory() as folder:
-        extract(path, wanted, Path(folder))
+        found = extract(path, wanted, Path(folder))
+        _check_genome(file, genome, there)
+        if len(found) < 3:
+            raise file.is_wrong(f"has of counts, genes and barcodes only {listing(found)}")
         return sc.read_10x_mtx(folder, make_unique=False, gex_only=False)
+
+
+def _check_genome(file: File, genome: str | None, there: Iterable[str]) -> None:
+    there = sorted(there)
+    if not there:
+        raise file.is_wrong("has no counts as Cell Ranger writes them")
+    if genome is not None and genome not in there:
+        msg = f"genome={genome!r} is not in {file.name!r}, which has {listing(there)}."
+        raise DataError(msg)
+    if genome is None and len(there) > 1:
+        msg = f"{file.name!r} has several genomes, {listing(there)}: choose one, genome='...'."
+        raise DataError(msg)
 
 
 def _protein_names(names: pd.Index) -> pd.Index:

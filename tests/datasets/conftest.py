@@ -37,6 +37,7 @@ class Host:
     ranges: bool = True
     marks: bool = True  # sends ETag
     heed_if_range: bool = True
+    encoding: str = ""  # which it says that the content has
     cut_after: list[int] = field(default_factory=list)  # of the next answers: bytes before the connection ends
     errors: list[int] = field(default_factory=list)  # of the next answers: status
 
@@ -64,6 +65,7 @@ def host():
                 return self.answer(host.errors.pop(0) if host.errors else 404, b"", {})
             content, tag = host.files[name], host.tag(name)
             headers = {"ETag": tag} if host.marks else {}
+            headers |= {"Content-Encoding": host.encoding} if host.encoding else {}
             first = self.first(tag)
             if first is None:
                 return self.answer(200, content, headers)

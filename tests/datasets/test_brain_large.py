@@ -33,7 +33,7 @@ def offered(datasetdir, host, monkeypatch, tmp_path):
     h5_v2(path, COUNTS, BARCODES, IDS, SYMBOLS, "mm10")
     host.files["1M_neurons_filtered_gene_bc_matrices_h5.h5"] = path.read_bytes()
     monkeypatch.setattr(tenx_files, "_URL", host.url + "{file}")
-    sample = tenx_files.SAMPLES["1M_neurons"]._replace(checksum=md5(path.read_bytes()))
+    sample = tenx_files.SAMPLES["1M_neurons"]._replace(checksum=md5(path.read_bytes()), shape=COUNTS.shape)
     monkeypatch.setitem(tenx_files.SAMPLES, "1M_neurons", sample)
 
 
@@ -73,11 +73,12 @@ def test_no_piece_is_larger_than_it_should_be(monkeypatch):
     np.testing.assert_array_equal(sp.vstack(pieces).toarray(), COUNTS)
 
 
-def test_more_than_there_are():
+def test_more_than_there_are(host):
     with pytest.raises(ValueError, match="n_cells=51 is more than the 50"):
         sx.datasets.brain_large(n_cells=51)
     with pytest.raises(ValueError, match="n_genes=720 is more than the 12"):
         sx.datasets.brain_large()
+    assert host.requests == []
 
 
 @pytest.mark.parametrize(("options", "error"), [({"n_cells": 0}, ValueError), ({"n_genes": 2.5}, TypeError)])

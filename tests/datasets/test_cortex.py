@@ -86,20 +86,30 @@ def test_the_genes_that_vary_most(offer):
     assert list(adata.var) == []
 
 
-@pytest.mark.parametrize("n_genes", [0, 6, -1])
-def test_a_number_of_genes_that_is_not_possible(small, n_genes, host):
-    with pytest.raises(ValueError, match=rf"n_genes={n_genes} is not from 1 to 5"):
+@pytest.mark.parametrize(
+    ("n_genes", "error", "says"),
+    [
+        (0, ValueError, "n_genes=0 must be 1 or more"),
+        (6, ValueError, "n_genes=6 is more than the 5 that there are"),
+        (2.5, TypeError, r"n_genes=2\.5 is a float; a whole number"),
+        ("5", TypeError, "n_genes='5' is a str; a whole number"),
+    ],
+)
+def test_a_number_of_genes_that_is_not_possible(small, n_genes, error, says, host):
+    with pytest.raises(error, match=says):
         sx.datasets.cortex(n_genes=n_genes)
     assert host.requests == []
 
 
 def test_another_file(offer):
     offer(module, "_FILE", table(), (3005, 19972))
-    with pytest.raises(ValueError, match=r"has 4 cells and 5 genes, expected 3005 cells and 19972 genes.*Delete it"):
+    with pytest.raises(
+        ValueError, match=r"has 4 cells and 5 genes, expected 3005 cells and 19972 genes.*delete it from"
+    ):
         sx.datasets.cortex()
     offer(module, "_FILE", table(header={k: v for k, v in HEADER.items() if k != "sex"} | {"gender": HEADER["sex"]}))
     (sc.settings.datasetdir / module._FILE.name).unlink()
-    (sc.settings.datasetdir / f"{module._FILE.name}.sha256").unlink()
+    assert not (sc.settings.datasetdir / f"{module._FILE.name}.sha256").exists()
     with pytest.raises(ValueError, match="lacks 'sex' in its first 10 lines"):
         sx.datasets.cortex()
 
@@ -113,3 +123,14 @@ def test_what_is_no_count(offer, entry, says):
     offer(module, "_FILE", table(x), (4, 5))
     with pytest.raises(ValueError, match=says):
         sx.datasets.cortex()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"<html>Please log in</html>\n", "cannot be read"), (b"", "is empty"), (table()[:100], "lacks ")],
+)
+def test_what_is_no_table(offer, content, says):
+    offer(module, "_FILE", content, (4, 5))
+    with pytest.raises(ValueError, match=rf"'{module._FILE.name}' {says}.*delete it from .*http://127"):
+        sx.datasets.cortex()
+    assert not list(sc.settings.datasetdir.glob("*.sha256"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import hashlib
 import io
 import json
@@ -70,7 +72,7 @@ def test_a_file_is_downloaded_once_and_verified(fetch, host, datasetdir, logged,
     path = fetch(checksum, size=len(CONTENT))
     assert path == datasetdir / NAME
     assert path.read_bytes() == CONTENT
-    assert left(datasetdir) == [NAME]
+    assert left(datasetdir) == [NAME, f"{NAME}.json"]
     assert f"downloaded {host.url}{NAME}\n    400000 bytes, to {str(path)!r}" in logged()
     assert fetch(checksum) == path
     assert len(host.requests) == 1
@@ -160,19 +162,21 @@ def test_the_next_call_goes_on(fetch, host, datasetdir):
     assert [r["Range"] for r in host.requests] == [f"bytes={kept}-"]
     assert host.requests[0]["If-Range"] == host.tag(NAME)
     assert host.sent == [len(CONTENT) - kept]
-    assert left(datasetdir) == [NAME]
+    assert left(datasetdir) == [NAME, f"{NAME}.json"]
 
 
 def test_an_interrupt_keeps_what_there_is(fetch, host, datasetdir, monkeypatch, logged):
     receive = module._receive
 
     def interrupted(response, part, have, total):
-        class Impatient:
-            def iter_content(self, size):
-                yield next(response.iter_content(size))
-                raise KeyboardInterrupt
+        stream = response.raw.stream
 
-        receive(Impatient(), part, have, total)
+        def impatient(size, **options):
+            yield next(stream(size, **options))
+            raise KeyboardInterrupt
+
+        response.raw.stream = impatient
+        receive(response, part, have, total)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_receive", interrupted)
@@ -294,7 +298,7 @@ def test_all_at_once_download_it_once(fetch, host, datasetdir):
     with ThreadPoolExecutor(4) as pool:
         paths = {future.result() for future in [pool.submit(fetch) for _ in range(4)]}
     assert len(paths) == len(host.requests) == 1
-    assert left(datasetdir) == [NAME]
+    assert left(datasetdir) == [NAME, f"{NAME}.json"]
 
 
 def test_what_is_there_needs_no_network_and_no_library(fetch, monkeypatch):
@@ -306,7 +310,7 @@ def test_what_is_there_needs_no_network_and_no_library(fetch, monkeypatch):
 def test_a_large_file_is_read_again_when_it_has_changed(fetch, datasetdir, monkeypatch):
     monkeypatch.setattr(module, "_ALWAYS_HASHED", 1000)
     path = fetch()
-    assert left(datasetdir) == [NAME, f"{NAME}.verified"]
+    assert left(datasetdir) == [NAME, f"{NAME}.json", f"{NAME}.verified"]
     digest, read = module._digest, []
     monkeypatch.setattr(module, "_digest", lambda *args: read.append(args) or digest(*args))
     fetch()
@@ -326,9 +330,11 @@ def test_a_large_file_is_read_again_when_it_has_changed(fetch, datasetdir, monke
 def test_without_a_published_checksum_the_first_one_holds(fetch, host, datasetdir, logged):
     path = fetch(None)
     note = datasetdir / f"{NAME}.sha256"
+    assert not note.exists()  # until it was read
+    module.keep_first_checksum(path)
     assert note.read_text() == f"{sha256(CONTENT).removeprefix('sha256:')}  {NAME}\n"
     assert "nobody has published a checksum" in logged()
-    fetch(None)
+    module.keep_first_checksum(fetch(None))
     assert logged().count("nobody has published") == 1
     path.write_bytes(OTHER)
     with pytest.raises(
@@ -346,15 +352,125 @@ def test_without_a_published_checksum_the_first_one_holds(fetch, host, datasetdi
 def test_a_folder_that_cannot_be_written_can_be_read(fetch, datasetdir, monkeypatch):
     """Root may write everywhere, so that the refusal is played."""
     path = fetch(None)
-    (datasetdir / f"{NAME}.sha256").unlink()
-
-    def refuse(*args, **kwargs):
-        raise PermissionError
-
     monkeypatch.setattr(type(path), "write_text", refuse)
     monkeypatch.setattr(module, "_ALWAYS_HASHED", 0)
-    assert fetch(None) == path
+    module.keep_first_checksum(fetch(None))
     assert fetch() == path
+
+
+def refuse(*args, **kwargs):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_folder_that_cannot_be_made(fetch, datasetdir):
+    datasetdir.write_bytes(b"a file")
+    with pytest.raises(OSError, match=rf"'{NAME}' cannot be written into .*\(File exists\).*datasetdir = ") as error:
+        fetch()
+    assert str(datasetdir) in str(error.value)
+
+
+def test_a_folder_that_may_not_be_written(fetch, datasetdir, monkeypatch):
+    monkeypatch.setattr(module, "_fetch", refuse)
+    with pytest.raises(PermissionError, match=rf"'{NAME}' cannot be written into .*\(Permission denied\)"):
+        fetch()
+
+
+def test_a_full_disk_keeps_what_there_is(fetch, host, datasetdir, monkeypatch):
+    bar = module.progress_bar
+
+    class Full:
+        """Fills up with the second piece."""
+
+        def __init__(self, *args, **options):
+            self.pieces, self.bar = 0, bar(*args, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.bar.close()
+
+        def update(self, n):
+            self.pieces += 1
+            if self.pieces == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "progress_bar", Full)
+        with pytest.raises(OSError, match=rf"'{NAME}' cannot be written into .*\(No space left on device\)") as error:
+            fetch()
+    assert error.value.errno == errno.ENOSPC
+    assert str(datasetdir) in str(error.value)
+    assert len(host.requests) == 1
+    assert fetch().read_bytes() == CONTENT
+    assert host.requests[1]["Range"] == f"bytes={2 * module._PIECE}-"
+
+
+# ---- where it is from ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [None, RIGHT])
+def test_a_file_from_elsewhere_is_not_taken_for_this_one(fetch, host, first):
+    path = fetch(first)
+    host.files["other"] = OTHER
+    with pytest.raises(
+        ValueError, match=rf"{NAME}' was downloaded from {host.url}{NAME}, and not from {host.url}other"
+    ):
+        module.download(host.url + "other", NAME, None)
+    assert module.download(host.url + "other", NAME, RIGHT) == path  # it is the file that was asked for
+    path.unlink()
+    assert module.download(host.url + "other", NAME, None).read_bytes() == OTHER
+    with pytest.raises(ValueError, match=r"was downloaded from .*other"):
+        fetch(None)
+
+
+# ---- what is packed ------------------------------------------------------------------------------------------------
+
+PACKED = gzip.compress(CONTENT)
+
+
+@pytest.fixture
+def fetch_packed(datasetdir, host):
+    """Download a file of a host that calls what it sends packed."""
+    host.encoding = "gzip"
+
+    def call(name, sent, checksum=None):
+        host.files[name] = sent
+        return module.download(host.url + name, name, checksum).read_bytes()
+
+    return call
+
+
+@pytest.mark.parametrize("cuts", [[], [150_000, 100_000]])
+@pytest.mark.parametrize(
+    ("name", "sent", "expected"),
+    [
+        ("x.csv.gz", PACKED, PACKED),  # kept packed, and called packed
+        ("X.TGZ", PACKED, PACKED),
+        ("x.csv.gz", gzip.compress(PACKED), PACKED),  # packed once more for the way
+        ("x.csv", PACKED, CONTENT),
+        ("x.csv", CONTENT, CONTENT),  # called packed, which it is not
+    ],
+)
+def test_what_a_server_calls_packed(fetch_packed, host, datasetdir, name, sent, expected, cuts):
+    host.cut_after = list(cuts)
+    assert fetch_packed(name, sent, sha256(expected)) == expected
+    assert [r.get("Range") is not None for r in host.requests] == [False, *[True] * len(cuts)]
+    assert sum(host.sent) < len(sent) + (len(cuts) + 1) * module._PIECE
+    assert left(datasetdir) == [name, f"{name}.json"]
+
+
+def test_pieces_packed_and_not_packed_are_not_put_together(fetch_packed, host):
+    host.cut_after, host.heed_if_range = [150_000], False
+
+    def once(piece):
+        host.encoding = ""
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sleep", once)
+        assert fetch_packed("x.csv.gz", PACKED) == PACKED
+    assert host.sent[-1] == len(PACKED)
 
 
 # ---- archives ------------------------------------------------------------------------------------------------------

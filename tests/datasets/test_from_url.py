@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -49,11 +50,17 @@ def test_text(offer, name, sep, genes_in_rows):
     check(sx.datasets.from_url(url, genes_in_rows=genes_in_rows))
 
 
+@pytest.mark.parametrize("name", ["X.CSV", "X.CSV.GZ"])
+def test_names_in_upper_case(offer, name):
+    text = pd.DataFrame(COUNTS, CELLS, GENES).to_csv().encode()
+    check(sx.datasets.from_url(offer(name, gzip.compress(text) if name.endswith("GZ") else text)))
+
+
 def test_options_of_text_are_those_of_scanpy(offer):
     url = offer("x.csv", pd.DataFrame(COUNTS, CELLS, GENES).to_csv(sep=";").encode())
     check(sx.datasets.from_url(url, delimiter=";"))
-    with pytest.raises(TypeError, match="sep"):
-        sx.datasets.from_url(url, sep=";")
+    with pytest.raises(TypeError, match=r"no keyword 'sep'.*delimiter, dtype, first_column_names, genes_in_rows\."):
+        sx.datasets.from_url("http://127.0.0.1:9/x.csv", sep=";")  # before anything is downloaded
 
 
 @pytest.fixture
@@ -73,6 +80,8 @@ def test_h5ad_is_left_as_it_is(offer, h5ad):
     backed = sx.datasets.from_url(url, backed="r")
     assert backed.isbacked
     backed.file.close()
+    with pytest.raises(TypeError, match=r"no keyword 'genome'.*as_sparse.*backed"):
+        sx.datasets.from_url(url, genome="mm10")
 
 
 @pytest.fixture
@@ -116,6 +125,12 @@ def test_output_of_cell_ranger(offer, tmp_path):
     url = offer("3.h5", (tmp_path / "3.h5").read_bytes())
     check(sx.datasets.from_url(url))
     assert list(sx.datasets.from_url(url, genome="hg19").var_names) == ["A", "B"]
+    with pytest.raises(ValueError, match=r"^genome='GRCh38' is not in '\w+-3\.h5', which has 'hg19', 'mm10'\.$"):
+        sx.datasets.from_url(url, genome="GRCh38")
+    check(sx.datasets.from_url(offer("V2.H5", (tmp_path / "2.h5").read_bytes()), genome="hg19"))
+    check(sx.datasets.from_url(offer("V2.TAR.GZ", mex_v2(COUNTS, CELLS, ids, GENES, "hg19"))))
+    with pytest.raises(ValueError, match=r"^genome='mm10' is not in '\w+-V2\.H5', which has 'hg19'\.$"):
+        sx.datasets.from_url(url.replace("3.h5", "V2.H5"), genome="mm10")
     with pytest.raises(TypeError, match=r"no keyword 'delimiter'.*genome"):
         sx.datasets.from_url(url, delimiter=",")
 
@@ -131,7 +146,81 @@ def test_two_genomes_in_an_archive(offer):
             files |= {m.name: archive.extractfile(m).read() for m in archive if "readme" not in m.name}
     url = offer("x.tar.gz", tar(files))
     check(sx.datasets.from_url(url, genome="hg19"))
-    with pytest.raises(ValueError, match=r"has two files that are called 'matrix\.mtx'"):
+    with pytest.raises(ValueError, match=r"^genome='hg38' is not in .*x\.tar\.gz', which has 'hg19', 'mm10'\.$"):
+        sx.datasets.from_url(url, genome="hg38")
+    with pytest.raises(ValueError, match=r"x\.tar\.gz' has several genomes, 'hg19', 'mm10'"):
+        sx.datasets.from_url(url)
+
+
+# ---- what is something else ----------------------------------------------------------------------------------------
+
+HTML = b"<html><body>Please log in</body></html>"
+
+
+def hdf5(path):
+    with h5py.File(path, "w") as file:
+        file["foo"] = 1
+    return path.read_bytes()
+
+
+@pytest.fixture(params=["html", "empty", "cut", "other"])
+def wrong(request, h5ad, loom, tmp_path):
+    """Content of a file of this ending that is something else."""
+    text = pd.DataFrame(COUNTS, CELLS, GENES).to_csv().encode()
+    rng = np.random.default_rng(0)
+    whole = {
+        ".h5ad": h5ad,
+        ".loom": loom,
+        ".csv.gz": gzip.compress(rng.integers(9, size=999).astype("S")),
+        ".tar.gz": mex_v2(COUNTS, CELLS, ["E1", "E2", "E3"], GENES, "hg19"),
+        ".h5": h5ad,
+    }
+    other = {
+        ".h5ad": text,
+        ".loom": h5ad,
+        ".csv": b"name,A,B\nc1,1,foo\nc2,2,3\n",
+        ".csv.gz": text,
+        ".tar.gz": tar({"readme": b"?"}),
+        ".h5": hdf5(tmp_path / "other"),
+    }
+
+    def content(ending):
+        cut = whole[ending][: len(whole[ending]) // 2] if ending in whole else b"name,A,B\nc1,1"
+        return {"html": HTML, "empty": b"", "cut": cut, "other": other[ending]}[request.param]
+
+    return content
+
+
+@pytest.mark.parametrize("ending", [".h5ad", ".loom", ".csv", ".csv.gz", ".tar.gz", ".h5"])
+def test_what_cannot_be_read_is_named_and_not_vouched_for(offer, wrong, datasetdir, ending):
+    url = offer("x" + ending, wrong(ending))
+    for _ in range(2):  # the second time it is there already
+        with pytest.raises(
+            ValueError, match=rf"^'\w+-x{ending}' .*: delete it from .*, to download it again from {url}"
+        ):
+            sx.datasets.from_url(url)
+    assert not list(datasetdir.glob("*.sha256"))
+    with pytest.raises(ValueError, match=rf"^'\w+-x{ending}' .* right checksum: {url} has another file than it seems"):
+        sx.datasets.from_url(url, checksum=md5(wrong(ending)))
+
+
+def test_what_a_reader_says_is_handed_on(offer, datasetdir):
+    url = offer("x.csv", b"name,A,B\nc1,1,foo\nc2,2,3\n")
+    with pytest.raises(ValueError, match=r"cannot be read \(could not convert string to float: 'foo'\)") as error:
+        sx.datasets.from_url(url)
+    assert str(datasetdir) in str(error.value)
+
+
+def test_what_is_vouched_for_already_is_deleted_with_its_note(offer, datasetdir):
+    url = offer("x.csv", pd.DataFrame(COUNTS, CELLS, GENES).to_csv(sep=";").encode())
+    sx.datasets.from_url(url, delimiter=";")
+    with pytest.raises(ValueError, match=r"delete both it and '\w+-x\.csv\.sha256' from"):
+        sx.datasets.from_url(url)
+
+
+def test_an_archive_without_all_tables(offer):
+    url = offer("x.tar.gz", tar({"hg19/matrix.mtx": b"1", "hg19/barcodes.tsv": b"A"}))
+    with pytest.raises(ValueError, match=r"has of counts, genes and barcodes only 'matrix\.mtx', 'barcodes\.tsv'"):
         sx.datasets.from_url(url)
 
 
@@ -154,6 +243,23 @@ def test_a_name_that_is_given(offer, host, datasetdir):
     assert (datasetdir / "mine.csv").exists()
     host.files.clear()
     check(sx.datasets.from_url(url, file_name="mine.csv"))  # without the network
+
+
+def test_a_name_that_is_given_twice(offer):
+    content = pd.DataFrame(COUNTS, CELLS, GENES).to_csv().encode()
+    first, second = offer("a.csv", content), offer("b.csv", pd.DataFrame(2 * COUNTS, CELLS, GENES).to_csv().encode())
+    for checksum in (md5(content), None):
+        check(sx.datasets.from_url(first, file_name="mine.csv", checksum=checksum))
+        with pytest.raises(ValueError, match=rf"mine\.csv' was downloaded from {first}, and not from {second}"):
+            sx.datasets.from_url(second, file_name="mine.csv")
+    check(sx.datasets.from_url(second, file_name="mine.csv", checksum=md5(content)))
+
+
+@pytest.mark.parametrize("argument", [{"url": None}, {"checksum": 5}, {"file_name": Path("x.csv")}])
+def test_what_is_no_text(argument):
+    ((name, value),) = argument.items()
+    with pytest.raises(TypeError, match=rf"^{name}=.* is a {type(value).__name__}; text is needed"):
+        sx.datasets.from_url(**{"url": "http://127.0.0.1:9/x.csv", **argument})
 
 
 def test_what_follows_the_path_is_not_in_the_name(offer, datasetdir):

@@ -38,6 +38,18 @@ def test_a_file_can_be_told_from_another(file):
         assert re.fullmatch(rf"[0-9a-f]{{{ {'sha256': 64, 'git': 40, 'md5': 32}[kind] }}}", number)
 
 
+@pytest.mark.parametrize("name", ["cortex", "smfish", "mouse_ob"])
+def test_what_nobody_published_a_checksum_of_is_only_vouched_for_when_read(offer, datasetdir, name):
+    pytest.importorskip("requests")
+    read = getattr(sx.datasets, name)
+    module = import_module(read.__module__)
+    of_module = {"mouse_ob": "_MOUSE_OB"}.get(name, "_FILE")
+    offer(module, of_module, b"<html>Please log in</html>")
+    with pytest.raises(ValueError, match="It is not what was expected: delete it from"):
+        read()
+    assert not list(datasetdir.glob("*.sha256"))
+
+
 def test_names_of_files_are_their_own():
     names = [file.name for file in FILES]
     assert len(set(names)) == len(names)

@@ -120,6 +120,13 @@ def test_numbers_that_were_published_are_checked(offer):
         sx.datasets.dataset_10x("b_cells")
 
 
+def test_what_is_no_output_of_cell_ranger(offer, datasetdir):
+    offer("t_4k", "gene_bc_matrices.tar.gz", b"<html>Please log in</html>", published=False)
+    with pytest.raises(ValueError, match=r"'t_4k_filtered_gene_bc_matrices\.tar\.gz' cannot be read .*delete it from"):
+        sx.datasets.dataset_10x("t_4k")
+    assert not list(datasetdir.glob("*.sha256"))
+
+
 def test_a_checksum_that_was_published_is_checked(offer, host):
     offer("pbmc4k", "gene_bc_matrices.tar.gz", b"right")
     host.files["pbmc4k_filtered_gene_bc_matrices.tar.gz"] = b"wrong"
