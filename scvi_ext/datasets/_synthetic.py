@@ -7,6 +7,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
+from scvi_ext._errors import number, whole_number
+
 
 def synthetic_iid(
     *,
@@ -53,6 +55,8 @@ def synthetic_iid(
 
     Raises
     ------
+    TypeError
+        A size or parameter is no number of its kind.
     ValueError
         A size is too small.
 
@@ -63,9 +67,9 @@ def synthetic_iid(
     >>> adata.shape, adata.obsm["protein_expression"].shape
     ((400, 100), (400, 100))
     """
-    _at_least(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_batches=n_batches, n_labels=n_labels)
-    _at_least(0, n_proteins=n_proteins)
-    rng = np.random.default_rng(seed)
+    _sizes(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_batches=n_batches, n_labels=n_labels)
+    _sizes(0, n_proteins=n_proteins)
+    rng = _rng(seed)
     theta, p, dropout = 5.0, 0.3, 0.3  # of scVI 0.5
     n_cells = n_batches * n_cells_batch
 
@@ -131,6 +135,8 @@ def synthetic_random(
 
     Raises
     ------
+    TypeError
+        A size or parameter is no number of its kind.
     ValueError
         A size or parameter is out of range, or no cell has a count.
 
@@ -141,10 +147,10 @@ def synthetic_random(
     >>> adata.shape, float(adata.var["rate"].iloc[0])
     ((2000, 50), 4.0)
     """
-    _at_least(1, n_cells=n_cells, n_genes=n_genes)
+    _sizes(1, n_cells=n_cells, n_genes=n_genes)
     _above_zero(mu=mu, theta=theta)
     _probability(dropout=dropout)
-    rng = np.random.default_rng(seed)
+    rng = _rng(seed)
 
     is_technical = rng.random((n_cells, n_genes)) < dropout
     w = rng.negative_binomial(theta, theta / (theta + mu), size=(n_cells, n_genes))
@@ -213,6 +219,8 @@ def synthetic_corr(
 
     Raises
     ------
+    TypeError
+        A size or parameter is no number of its kind.
     ValueError
         A size or parameter is out of range.
 
@@ -223,8 +231,9 @@ def synthetic_corr(
     >>> adata.shape, adata.varm["is_high"].sum().tolist()
     ((600, 65), [25, 25, 25])
     """
-    _at_least(1, n_cells_cluster=n_cells_cluster, n_clusters=n_clusters, n_genes_high=n_genes_high)
-    _at_least(0, n_overlap=n_overlap, weight_low=weight_low)
+    _sizes(1, n_cells_cluster=n_cells_cluster, n_clusters=n_clusters, n_genes_high=n_genes_high)
+    _sizes(0, n_overlap=n_overlap)
+    _at_least(0, weight_low=weight_low)
     _above_zero(weight_high=weight_high, lam_0=lam_0)
     if n_overlap >= n_genes_high:
         msg = f"{n_overlap=} is not below {n_genes_high=}: neighbouring clusters would be the same."
@@ -238,7 +247,7 @@ def synthetic_corr(
     labels = np.repeat(np.arange(n_clusters), n_cells_cluster)
     rate = (lam_0 * weights / weights.sum(axis=1, keepdims=True))[labels]
 
-    adata = _adata(np.random.default_rng(seed).poisson(rate))
+    adata = _adata(_rng(seed).poisson(rate))
     adata.obs["labels"] = _categorical("label", labels, n_clusters)
     adata.layers["rate"] = rate.astype(np.float32)
     adata.varm["is_high"] = pd.DataFrame(is_high.T, index=adata.var_names, columns=_names("label", n_clusters))
@@ -295,6 +304,8 @@ def synthetic_zi_corr(
 
     Raises
     ------
+    TypeError
+        A size or parameter is no number of its kind.
     ValueError
         A size or parameter is out of range.
 
@@ -324,7 +335,7 @@ def synthetic_zi_corr(
         dropout_coef_high * np.exp(-lam_dropout_high * rate**2),
         dropout_coef_low * np.exp(-lam_dropout_low * rate**2),
     )
-    rng = np.random.default_rng(seed).spawn(1)[0]  # independent of the stream that drew the counts
+    rng = _rng(seed).spawn(1)[0]  # independent of the stream that drew the counts
     is_technical = rng.random(rate.shape) < dropout
     adata.X = csr_matrix(np.where(is_technical, np.float32(0), adata.X.toarray()))
     adata.layers["is_technical"] = csr_matrix(is_technical)
@@ -392,6 +403,8 @@ def synthetic_cite(
 
     Raises
     ------
+    TypeError
+        A size or parameter is no number of its kind.
     ValueError
         A size is out of range.
 
@@ -402,13 +415,13 @@ def synthetic_cite(
     >>> adata.shape, int((adata.obsm["protein_expression"][adata.obs["batch"] == "batch_1"] == 0).all().sum())
     ((600, 100), 5)
     """
-    _at_least(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_proteins=n_proteins, n_batches=n_batches)
-    _at_least(2, n_types=n_types)
-    _at_least(0, n_missing=n_missing)
+    _sizes(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_proteins=n_proteins, n_batches=n_batches)
+    _sizes(2, n_types=n_types)
+    _sizes(0, n_missing=n_missing)
     if n_missing and (n_batches == 1 or n_missing > n_proteins):
         msg = f"{n_missing=} of {n_proteins=} cannot be missing in one of {n_batches=} and be measured in another."
         raise ValueError(msg)
-    rng = np.random.default_rng(seed)
+    rng = _rng(seed)
     batch = np.repeat(np.arange(n_batches), n_cells_batch)
     n_cells = len(batch)
     cell_type = rng.integers(n_types, size=n_cells)
@@ -490,6 +503,8 @@ def synthetic_zero_inflated(
 
     Raises
     ------
+    TypeError
+        A size or parameter is no number of its kind.
     ValueError
         A size or parameter is out of range.
 
@@ -500,10 +515,12 @@ def synthetic_zero_inflated(
     >>> int((adata.varm["dropout"]["batch_0"] > 0).sum())
     10
     """
-    _at_least(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_batches=n_batches, n_types=n_types)
+    _sizes(1, n_cells_batch=n_cells_batch, n_genes=n_genes, n_batches=n_batches, n_types=n_types)
+    if not isinstance(by_batch, bool):
+        raise TypeError(f"{by_batch=} is a {type(by_batch).__name__}; True or False is needed.")
     _probability(share=share, least_dropout=least_dropout, most_dropout=most_dropout)
     _at_least(least_dropout, most_dropout=most_dropout)
-    rng = np.random.default_rng(seed)
+    rng = _rng(seed)
     batch = np.repeat(np.arange(n_batches), n_cells_batch)
     cell_type = rng.integers(n_types, size=len(batch))
     level = np.exp(rng.uniform(np.log(0.5), np.log(20.0), n_genes) + 0.7 * rng.standard_normal((n_types, n_genes)))
@@ -547,19 +564,28 @@ def _categorical(stem: str, codes: np.ndarray, n: int) -> pd.Categorical:
     return pd.Categorical.from_codes(codes, categories=_names(stem, n))
 
 
-def _at_least(least: int, **values: float) -> None:
+def _rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(whole_number("seed", seed, least=0))
+
+
+def _sizes(least: int, **values: int) -> None:
     for name, value in values.items():
-        if not value >= least:
+        whole_number(name, value, least)
+
+
+def _at_least(least: float, **values: float) -> None:
+    for name, value in values.items():
+        if not number(name, value) >= least:
             raise ValueError(f"{name}={value!r} is not at least {least}.")
 
 
 def _above_zero(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
+        if not number(name, value) > 0:
             raise ValueError(f"{name}={value!r} is not above 0.")
 
 
 def _probability(**values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value < 1:
+        if not 0 <= number(name, value) < 1:
             raise ValueError(f"{name}={value!r} is not a probability from 0 to below 1.")

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -415,18 +417,18 @@ def test_zero_inflated_law_of_the_others():
 @pytest.mark.parametrize(
     ("generate", "arguments", "message"),
     [
-        (synthetic_iid, {"n_cells_batch": 0}, r"n_cells_batch=0 is not at least 1\."),
-        (synthetic_iid, {"n_genes": 0}, r"n_genes=0 is not at least 1\."),
-        (synthetic_iid, {"n_batches": 0}, r"n_batches=0 is not at least 1\."),
-        (synthetic_iid, {"n_labels": 0}, r"n_labels=0 is not at least 1\."),
-        (synthetic_iid, {"n_proteins": -1}, r"n_proteins=-1 is not at least 0\."),
+        (synthetic_iid, {"n_cells_batch": 0}, r"n_cells_batch=0 must be 1 or more\."),
+        (synthetic_iid, {"n_genes": 0}, r"n_genes=0 must be 1 or more\."),
+        (synthetic_iid, {"n_batches": 0}, r"n_batches=0 must be 1 or more\."),
+        (synthetic_iid, {"n_labels": 0}, r"n_labels=0 must be 1 or more\."),
+        (synthetic_iid, {"n_proteins": -1}, r"n_proteins=-1 must be 0 or more\."),
         (synthetic_random, {"mu": 0}, r"mu=0 is not above 0\."),
         (synthetic_random, {"theta": float("nan")}, r"theta=nan is not above 0\."),
         (synthetic_random, {"dropout": 1.0}, r"dropout=1\.0 is not a probability from 0 to below 1\."),
-        (synthetic_random, {"n_cells": 0}, r"n_cells=0 is not at least 1\."),
-        (synthetic_corr, {"n_clusters": 0}, r"n_clusters=0 is not at least 1\."),
+        (synthetic_random, {"n_cells": 0}, r"n_cells=0 must be 1 or more\."),
+        (synthetic_corr, {"n_clusters": 0}, r"n_clusters=0 must be 1 or more\."),
         (synthetic_corr, {"n_overlap": 25}, r"n_overlap=25 is not below n_genes_high=25"),
-        (synthetic_corr, {"n_overlap": -1}, r"n_overlap=-1 is not at least 0\."),
+        (synthetic_corr, {"n_overlap": -1}, r"n_overlap=-1 must be 0 or more\."),
         (synthetic_corr, {"weight_high": 0}, r"weight_high=0 is not above 0\."),
         (synthetic_corr, {"weight_low": -0.1}, r"weight_low=-0\.1 is not at least 0\."),
         (synthetic_corr, {"lam_0": 0}, r"lam_0=0 is not above 0\."),
@@ -434,19 +436,32 @@ def test_zero_inflated_law_of_the_others():
         (synthetic_zi_corr, {"dropout_coef_low": 1}, r"dropout_coef_low=1 is not a probability"),
         (synthetic_zi_corr, {"lam_dropout_low": -1}, r"lam_dropout_low=-1 is not at least 0\."),
         (synthetic_zi_corr, {"n_overlap": 30}, r"n_overlap=30 is not below"),
-        (synthetic_cite, {"n_types": 1}, r"n_types=1 is not at least 2\."),
-        (synthetic_cite, {"n_missing": -1}, r"n_missing=-1 is not at least 0\."),
+        (synthetic_cite, {"n_types": 1}, r"n_types=1 must be 2 or more\."),
+        (synthetic_cite, {"n_missing": -1}, r"n_missing=-1 must be 0 or more\."),
         (synthetic_cite, {"n_missing": 16}, r"n_missing=16 of n_proteins=15 cannot be missing"),
         (synthetic_zero_inflated, {"share": 1.0}, r"share=1\.0 is not a probability from 0 to below 1"),
         (synthetic_zero_inflated, {"least_dropout": -0.1}, r"least_dropout=-0\.1 is not a probability"),
         (synthetic_zero_inflated, {"most_dropout": 0.05}, r"most_dropout=0\.05 is not at least 0\.1"),
-        (synthetic_zero_inflated, {"n_types": 0}, r"n_types=0 is not at least 1\."),
+        (synthetic_zero_inflated, {"n_types": 0}, r"n_types=0 must be 1 or more\."),
         (synthetic_cite, {"n_missing": 1, "n_batches": 1}, r"cannot be missing in one of n_batches=1"),
     ],
 )
 def test_values_out_of_range_are_named(generate, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(**arguments)
+
+
+@each
+def test_arguments_of_another_kind_are_named(generate):
+    for name, parameter in signature(generate).parameters.items():
+        wrong = ["x", None, [1]]
+        if not isinstance(parameter.default, bool):
+            wrong.append(True)
+        if isinstance(parameter.default, int):
+            wrong.append(2.5)
+        for value in wrong:
+            with pytest.raises(TypeError, match=rf"^{name}=.* is a {type(value).__name__}; .* needed\."):
+                generate(**{name: value})
 
 
 @each
