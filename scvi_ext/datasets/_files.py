@@ -78,9 +78,7 @@ class File:
             )
         else:
             files = f"both it and {note.name!r}" if note.exists() else "it"
-            advice = (
-                f"It is not what was expected: delete {files} from {folder!r}, to download it again from {self.url}."
-            )
+            advice = f"Unless that is what {self.url} has, delete {files} from {folder!r}, to download it again."
         return DataError(f"{self.name!r} {what}. {advice}")
 
 

@@ -131,6 +131,6 @@ def test_what_is_no_count(offer, entry, says):
 )
 def test_what_is_no_table(offer, content, says):
     offer(module, "_FILE", content, (4, 5))
-    with pytest.raises(ValueError, match=rf"'{module._FILE.name}' {says}.*delete it from .*http://127"):
+    with pytest.raises(ValueError, match=rf"'{module._FILE.name}' {says}.*http://127.*delete it from"):
         sx.datasets.cortex()
     assert not list(sc.settings.datasetdir.glob("*.sha256"))
