@@ -289,20 +289,17 @@ def check_direction(direction: str | None, metric: str | Metric) -> str:
     return direction
 
 
-def check_prune(prune: bool | None, search: Search) -> bool:
-    """Whether to give up trials on the way."""
-    if not (prune is None or isinstance(prune, bool)):
-        msg = f"prune={prune!r} must be True, False or None."
+def check_prune(prune: bool, search: Search) -> None:
+    """Raise unless trials can be given up on the way, where that is asked for."""
+    if not isinstance(prune, bool):
+        msg = f"prune={prune!r} must be True or False."
         raise TypeError(msg)
-    if not search.likelihood:
-        if prune:
-            msg = (
-                "prune=True gives up trials by their held-out ELBO, which says nothing of "
-                f"metric={_name_of(search.metric)}: leave it out."
-            )
-            raise ValueError(msg)
-        return False
-    return prune is None or prune
+    if prune and not search.likelihood:
+        msg = (
+            "prune=True gives up trials by their held-out ELBO, which says nothing of "
+            f"metric={_name_of(search.metric)}: leave it out."
+        )
+        raise ValueError(msg)
 
 
 def _name_of(metric: Metric) -> str:

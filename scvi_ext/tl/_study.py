@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 _RUNG = 10  # percent of the plan between two comparisons: the same for all trials, whatever their number of epochs
-_UNPRUNED, _EARLIEST = 5, 30  # trials that are carried out in any case, and percent of the plan of every other one
+# Trials that are carried out in any case, and percent of the plan of every other one: where the learning rate rises and
+# falls, the bound says little before.
+_UNPRUNED, _EARLIEST = 5, 60
 
 _ABOUT, _ERROR, _SAME = "scvi_ext", "error", "same_as"  # attributes of the study, of a failed trial, of a repeated one
 
