@@ -60,7 +60,9 @@ def test_the_python_that_runs_this_is_one_that_is_declared():
 def test_what_is_required_is_pinned_where_it_is_tested(requirement):
     assert requirement.name in PINS
     assert PINS[requirement.name] in requirement.specifier
-    assert [s.operator for s in requirement.specifier] == [">="]  # a floor; what is held back is in constraints.txt
+    # A floor; what is held back is in constraints.txt, but for what breaks an installation that does without.
+    held_back = {"pynndescent"}
+    assert {s.operator for s in requirement.specifier} == ({">=", "<"} if requirement.name in held_back else {">="})
 
 
 def test_extras_that_messages_name_exist():
