@@ -20,9 +20,9 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_design",
+    "sphinxcontrib.katex",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 
@@ -31,6 +31,10 @@ html_title = f"scvi_ext {release}"
 html_static_path = ["_static"]
 html_css_files = ["scvi_ext.css"]
 html_show_sphinx = False
+
+# Equations need no network either: KaTeX comes with its extension, and MathML needs neither a style nor fonts from elsewhere.
+katex_options = '{output: "mathml"}'
+katex_css_path = "katex-math.css"
 
 # Pages that declare a kernel are executed at every build: what they print is what the package does today.
 nb_execution_mode = "force"
