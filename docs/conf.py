@@ -32,7 +32,7 @@ html_static_path = ["_static"]
 html_css_files = ["scvi_ext.css"]
 html_show_sphinx = False
 
-# Equations need no network either: KaTeX comes with its extension, and MathML needs neither a style nor fonts from elsewhere.
+# Equations need no network either: KaTeX comes with its extension, and MathML needs no style or font from elsewhere.
 katex_options = '{output: "mathml"}'
 katex_css_path = "katex-math.css"
 
@@ -41,6 +41,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+nb_output_stderr = "warn"  # and with -W the build fails; a cell that may warn has the tag remove-stderr
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 

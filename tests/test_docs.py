@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codeop
 import re
 import shlex
 import sys
@@ -74,6 +75,13 @@ def is_ours(block: Block) -> bool:
     return not block.code.startswith(("# scvi-tools", "# scVI 0.5"))
 
 
+def python_of(page: str) -> list[Block]:
+    """All Python of ours on a page, cells of the build included, without what these say of themselves."""
+    cells = [block for block in blocks(read(page)) if block.language.startswith("{code-cell}")]
+    bare = [Block("python", block.line, re.sub(r"\A(:.*\n)+", "", block.code)) for block in cells]
+    return bare + list(filter(is_ours, of(page, "python")))
+
+
 def is_executed_by_the_build(page: str) -> bool:
     return re.match(r"---\n.*?^kernelspec:.*?^---$", read(page), re.M | re.S) is not None
 
@@ -110,6 +118,58 @@ def test_pages_that_are_run_elsewhere_are(page, test):
 
 # ---- Python ------------------------------------------------------------------------------------------------------
 
+FILES = {"docs/developer/adding_a_model.md"}  # what is saved rather than pasted
+PASTED = [page for page in PAGES if page not in FILES and python_of(page)]
+
+
+def refused_by_the_console(code: str) -> str | None:
+    """The line at which the interactive interpreter gives up, as it does where no blank line ends an indented body."""
+    complete, pasted = codeop.CommandCompiler(), []
+    for line in [*code.splitlines(), ""]:
+        pasted.append(line)
+        try:
+            if complete("\n".join(pasted)) is not None:
+                pasted = []
+        except SyntaxError:
+            return line
+    return "the end" if any(pasted) else None
+
+
+@pytest.mark.parametrize("page", PASTED)
+def test_blocks_can_be_pasted(page):
+    for block in python_of(page):
+        line = refused_by_the_console(block.code)
+        assert line is None, f"{page}, block in line {block.line}: a blank line is missing before {line!r}"
+
+
+def test_what_cannot_be_pasted_is_noticed():
+    assert refused_by_the_console("for i in 'ab':\n    i\nsum([])\n") == "sum([])"
+    assert refused_by_the_console("def f():\n    a = 1\n\n    return a\n") == "    return a"
+    assert refused_by_the_console("for i in 'ab':\n    i\n\nsum([\n    1,\n])\n") is None
+    assert refused_by_the_console("sum([") == "the end"
+
+
+@pytest.mark.parametrize("page", PASTED)
+def test_what_should_be_refused_is(page):
+    """A block that shows how a call is refused fails if it is not."""
+    for block in python_of(page):
+        for node in ast.walk(ast.parse(block.code)):
+            shows = isinstance(node, ast.Try) and len(node.body) == 1
+            if shows and all(is_print(line) for way in node.handlers for line in way.body):
+                assert node.orelse, f"{page}, block in line {block.line}: and if it is not refused?"
+                assert isinstance(node.orelse[-1], ast.Raise)
+
+
+def is_print(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and ast.unparse(line).startswith("print(")
+
+
+@pytest.mark.parametrize("page", RUN_HERE)
+def test_no_comment_gives_a_value(page):
+    """Nobody would look whether it still is the value; cells of the build show theirs."""
+    for block in filter(is_ours, of(page, "python")):
+        assert not re.findall(r"\S  # [\d(\[-].*", block.code), f"{page}, block in line {block.line}"
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -133,9 +193,18 @@ def run(tmp_path, monkeypatch):
     sc.settings.verbosity, sc.settings.logfile = verbosity, logfile
 
 
-@pytest.mark.parametrize("page", [page for page in RUN_HERE if page != "README.md"])
+LOOKED_AT = ["README.md", "docs/user_guide/faq.md"]  # what they say is asserted too
+
+
+@pytest.mark.parametrize("page", [page for page in RUN_HERE if page not in LOOKED_AT])
 def test_python_runs(page, run):
     assert run(page)
+
+
+def test_the_answers_of_the_faq(run):
+    names = run("docs/user_guide/faq.md")[-1]
+    # Channels of one instrument: hardly a difference, and about as mixed as can be.
+    np.testing.assert_allclose([names["before"], names["after"]], np.log(8), rtol=0.1)
 
 
 def test_the_examples_of_the_readme(run, tmp_path):
@@ -217,7 +286,9 @@ def check_extras(extras: str) -> None:
     assert not unknown, f"no such extra: {unknown}"
 
 
-def check_python(first: str, *words: str) -> None:
+def check_python(first: str = "", *words: str) -> None:
+    if not first:
+        return  # a session
     if first == "-c":
         exec(words[0], {})
     elif first == "-m" and words[0] == "pip":
@@ -238,8 +309,20 @@ def check_pytest(*words: str) -> None:
     assert all((ROOT / path).exists() for path in paths), f"no such test: {paths}"
 
 
-def check_nothing(*words: str) -> None:
-    """What these do is not of this project."""
+def check_pre_commit(verb: str) -> None:
+    assert verb == "install"
+    assert (ROOT / ".pre-commit-config.yaml").is_file()
+
+
+def check_git(verb: str, *words: str) -> None:
+    """Tags are named after the version."""
+    assert verb in {"push", "tag"}
+    tags = [word for word in words if re.fullmatch(r"v[\d.]+", word)]
+    assert tags == [f"v{PROJECT['version']}"], f"a tag other than that of the version: {tags}"
+
+
+def check_cd(folder: str) -> None:
+    assert folder.startswith("path/to/") or (ROOT / folder).is_dir(), f"no such folder: {folder}"
 
 
 CHECKS = {
@@ -248,19 +331,29 @@ CHECKS = {
     "python": check_python,
     "python3": check_python,
     "pytest": check_pytest,
-    "pre-commit": check_nothing,
-    "git": check_nothing,
-    "cd": check_nothing,
+    "pre-commit": check_pre_commit,
+    "git": check_git,
+    "cd": check_cd,
 }
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if of(page, "bash")])
 def test_commands_can_be_given(page):
-    for block in of(page, "bash"):
+    check_commands(of(page, "bash"), page)
+
+
+def check_commands(of_a_page: list[Block], page: str) -> None:
+    """Commands of one page; where they make an environment, what follows has to be that environment's."""
+    environment = None
+    for block in of_a_page:
         for program, *words in commands(block):
-            name = re.sub(r"3(\.\d+)?$", "", Path(program).name)  # python3.11
-            assert name in CHECKS, f"{page}, line {block.line}: how can {name!r} be checked?"
+            where, name = f"{page}, line {block.line}", re.sub(r"3(\.\d+)?$", "", Path(program).name)  # python3.11
+            assert name in CHECKS, f"{where}: how can {name!r} be checked?"
             CHECKS[name](*words)
+            if words[:2] == ["-m", "venv"]:
+                environment = words[2]
+            elif environment is not None and name in {"pip", "pytest", "python"}:
+                assert program.startswith(f"{environment}/bin/"), f"{where}: not the {name} of {environment}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -275,11 +368,13 @@ def test_targets_and_extras_of_the_text_exist(page):
 def test_a_wrong_command_is_noticed():
     for wrong in (
         "make nothing",
+        "cd nothing",
+        "git tag v99.0",
         "pip install '.[nothing]'",
         "pip install nothing",
         "python benchmarks/fit.py --nothing",
+        "python3 -m venv ~/scvi && ~/scvi/bin/pip install . && python -c 'import scvi_ext'",
     ):
-        program, *words = shlex.split(wrong)
         with pytest.raises(AssertionError):
-            CHECKS[program](*words)
+            check_commands([Block("bash", 1, wrong)], "a page")
     CHECKS["python"]("benchmarks/quality.py", "a.h5ad:batch", "--model", "scvi", "--cache", "folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import code
 import gzip
 import re
 from pathlib import Path
@@ -67,24 +68,36 @@ def share_of_neighbors(points: np.ndarray, labels: np.ndarray) -> float:
     return float((labels[index] == labels[:, None]).mean())
 
 
+class Console(code.InteractiveConsole):
+    """The interactive interpreter, in which an error ends the session."""
+
+    def showsyntaxerror(self, *_: object, **__: object) -> None:
+        raise
+
+    def showtraceback(self) -> None:
+        raise
+
+
 @pytest.fixture
 def stranger(tmp_path, monkeypatch):
-    """Run blocks in an otherwise empty folder, one after the other as a session does."""
+    """Paste blocks into Python in an otherwise empty folder, one after the other and line by line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*parts: str) -> dict[str, object]:
-        names: dict[str, object] = {}
-        for part in parts:
-            exec(part, names)
+        console = Console()
+        for line in "\n".join(parts).splitlines():
+            unfinished = console.push(line)
+        assert not unfinished
         plt.close("all")
-        return names
+        return console.locals
 
     return run
 
 
 def test_there_are_three_blocks_in_each_tab():
-    (install,) = blocks("bash")
+    install, start = blocks("bash")
     assert "pip install" in install
+    assert start.endswith("/bin/python\n")
     per_tab = blocks("python")
     assert len(per_tab) == 2 * len(TABS)
     assert [PAGE.count(f"{{tab-item}} {tab}") for tab in TABS] == [2, 2]
