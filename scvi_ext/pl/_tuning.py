@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 from pandas.api.types import is_numeric_dtype
 
 from scvi_ext import get
@@ -86,7 +87,8 @@ def tuning(
         _, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
     along = _along(trials, option, ax)
     ax.scatter(along[complete.index], complete["reached"], s=24, color="C0", label="carried out", zorder=3)
-    ax.scatter(along[pruned.index], pruned["reached"], s=24, facecolor="none", edgecolor="0.6", label="given up")
+    if len(pruned):
+        ax.scatter(along[pruned.index], pruned["reached"], s=24, facecolor="none", edgecolor="0.6", label="given up")
     ax.scatter(along[best.index], best["reached"], s=110, facecolor="none", edgecolor="C3", label="best", zorder=4)
     if option is None:
         so_far = complete["reached"].cummax() if rising else complete["reached"].cummin()
@@ -96,7 +98,7 @@ def tuning(
     ax.set_xlabel("trial" if option is None else option)
     ax.set_ylabel("held-out ELBO per cell" if params["metric"] == "elbo" else params["metric"])
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1)
     return None if finish(ax.figure, show, save) else ax
 
 
@@ -112,6 +114,10 @@ def _along(trials: pd.DataFrame, option: str | None, ax: Axes) -> pd.Series:
         return values.map(names.index)
     if values.min() > 0 and values.max() > _LOG * values.min():
         ax.set_xscale("log")
+        few = values.max() < 50 * values.min()  # then powers of ten alone would be too few
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
     return values
 
 
