@@ -11,7 +11,7 @@ import pytest
 
 from scvi_ext import models
 
-GUIDE = Path(__file__).parents[2] / "docs" / "user_guide"
+GUIDE = Path(__file__).parents[1] / "docs" / "user_guide"
 PAGE = {"vaec": "scanvi", "classifier": "scanvi"}  # models that share the page of another one
 SECTIONS = ["The (generative process|model)", "Options", "When to use it", "Limits", "References?"]
 INHERITED = "All options of {doc}`scvi` are there"
