@@ -17,11 +17,15 @@ class Settings:
         ``"auto"`` (CUDA where present, else the processor), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
     batch_size
         Cells per forward pass of a read-out; None takes what suits the device. Results do not depend on it.
+    memory_limit
+        Gigabytes of counts that may be held in host memory: those of files that would take more stay on disk, and are
+        read block by block. None allows half of the memory that is free. Results do not depend on it.
     """
 
     seed: int = 0
     device: str = "auto"
     batch_size: int | None = None
+    memory_limit: float | None = None
 
     @property
     def verbosity(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 
-from scvi_ext._errors import listing, missing_key
+from scvi_ext._errors import first_line, listing, missing_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ def counts_matrix(adata: AnnData, layer: str | None, role: str = "", name: str =
     return adata.X
 
 
-def _on_disk(matrix: Any) -> bool:
+def on_disk(matrix: Any) -> bool:
     zarr = sys.modules.get("zarr")  # optional: a zarr array can only be here if zarr has been imported
     return isinstance(matrix, h5py.Dataset | CSRDataset | CSCDataset) or (
         zarr is not None and isinstance(matrix, zarr.Array)
@@ -46,7 +46,7 @@ def _on_disk(matrix: Any) -> bool:
 def _check_supported(matrix: Any) -> None:
     kind = f"{type(matrix).__module__.partition('.')[0]}.{type(matrix).__name__}"
     in_memory = (isinstance(matrix, np.ndarray) and not isinstance(matrix, np.ma.MaskedArray)) or sp.issparse(matrix)
-    if not (in_memory or _on_disk(matrix)):
+    if not (in_memory or on_disk(matrix)):
         advice = {
             "dask": "Compute it first: adata = adata.to_memory().",
             "torch": "Convert it first, e.g. x.numpy(force=True).",
@@ -84,6 +84,51 @@ def _rows_first(matrix: Any) -> Any:
     return matrix.tocsr() if sp.issparse(matrix) else matrix
 
 
+class UnreadableRowsError(OSError):
+    """Rows of a file cannot be read, or are not what they were."""
+
+    def __init__(self, matrix: Any, start: int, stop: int, reason: str):
+        self.of = matrix, start, stop
+        super().__init__(
+            f"Rows {start:,} to {stop - 1:,} of {place(matrix)} cannot be used: {reason}. The file is damaged, or has "
+            "been changed since: restore it from a copy."
+        )
+
+
+def place(matrix: Any) -> str:
+    """The file and the entry of it that a matrix on disk is."""
+    node = getattr(matrix, "group", matrix)  # of a sparse one
+    if isinstance(node, h5py.Group | h5py.Dataset):
+        return f"{node.file.filename}, {node.name.strip('/')}"
+    store = node.store
+    return f"{getattr(store, 'root', getattr(store, 'path', store))}, {node.path}"
+
+
+def read_slice(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
+    """Consecutive rows in their own precision."""
+    if not on_disk(matrix):
+        return _as_csr(matrix[start:stop])
+    try:
+        block = matrix[start:stop]
+        if sp.issparse(block) and not 0 <= block.indices.min(initial=0) <= block.indices.max(initial=0) < block.shape[1]:
+            raise UnreadableRowsError(matrix, start, stop, "it names genes that are not there")
+        return _as_csr(block)
+    except UnreadableRowsError:
+        raise
+    except Exception as error:  # whatever the libraries of files and of compression raise
+        raise UnreadableRowsError(matrix, start, stop, first_line(error)) from error
+
+
+def check_rows_stored(matrix: Any) -> None:
+    """Raise a ValueError if a matrix on disk is stored by columns, so that its rows cannot be read one by one."""
+    if isinstance(matrix, CSCDataset):
+        msg = (
+            f"{place(matrix)} is stored by columns (CSC), of which single cells cannot be read, and is too large for "
+            "memory: write it by rows (adata.X = adata.X.tocsr()), or raise settings.memory_limit."
+        )
+        raise ValueError(msg)
+
+
 def _chunk_rows(matrix: Any) -> int:
     return max(1, _CHUNK_ENTRIES // max(1, matrix.shape[1]))
 
@@ -107,7 +152,7 @@ def row_chunks(matrix: Any, chunk: int | None = None) -> Iterator[tuple[int, sp.
     matrix = _rows_first(matrix)
     chunk = chunk or _chunk_rows(matrix)
     for start in range(0, max(1, matrix.shape[0]), chunk):  # no cells: one empty chunk
-        yield start, _as_csr(matrix[start : start + chunk])
+        yield start, read_slice(matrix, start, min(start + chunk, matrix.shape[0]))
 
 
 def read_rows(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
@@ -127,7 +172,7 @@ def read_rows(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
     _check_supported(matrix)
     rows = np.asarray(rows, dtype=np.int64)
     matrix = _rows_first(matrix)
-    if _on_disk(matrix):
+    if on_disk(matrix):
         return _read_disk_rows(matrix, rows)
     return _counts(_as_csr(matrix[rows]))
 
@@ -141,9 +186,11 @@ def _read_disk_rows(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
     breaks = np.flatnonzero((np.diff(ordered) > _GAP) | (np.diff(ordered // chunk) > 0)) + 1
     pieces = []
     for piece in np.split(ordered, breaks):
-        first, last = piece[0], piece[-1]
-        pieces.append(_counts(_as_csr(matrix[first : last + 1])[piece - first]))
-    return sp.vstack(pieces, format="csr")[position]
+        first, stop = int(piece[0]), int(piece[-1]) + 1
+        read = _counts(read_slice(matrix, first, stop))
+        pieces.append(read if len(piece) == stop - first else read[piece - first])
+    read = sp.vstack(pieces, format="csr") if len(pieces) > 1 else pieces[0]
+    return read if np.array_equal(position, np.arange(len(ordered))) else read[position]
 
 
 def read_all(matrix: Any) -> sp.csr_matrix:

@@ -156,7 +156,7 @@ def _check_genes(adata: AnnData, var_names: Sequence[str]) -> None:
 
 
 def _check_filled(store: CellStore) -> None:
-    empty = np.asarray(store.counts.sum(axis=1)).ravel() == 0
+    empty = store.totals == 0
     if empty.any():
         msg = (
             f"{empty.sum()} of {store.n_cells} cells have no counts of the {store.n_genes} genes of the reference, "

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from scvi_ext._errors import number
 
 _SPLIT, _ORDER, _LABELLED = 0, 1, 2  # streams of one seed that must not coincide
+_LANES = (8, 4, 2, 1)  # shares of a minibatch that are read apart from each other: as many processes can have their own
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An order for cells that are read from disk block by block."""
+
+    n_blocks: int  # of an epoch
+    chunk: int  # cells that lie together on disk and are read together
+
+    def steps(self, n_steps: int) -> np.ndarray:
+        """Step with which each block begins, and the number of steps, (n_blocks + 1,)."""
+        return np.linspace(0, n_steps, min(self.n_blocks, n_steps) + 1).astype(np.int64)
 
 
 def split_cells(
@@ -51,16 +65,35 @@ def split_cells(
     return np.sort(order[:n_train]), np.sort(order[n_train : n_train + n_validation])
 
 
-def epoch_order(cells: np.ndarray, shape: tuple[int, int], seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+def epoch_order(
+    cells: np.ndarray, shape: tuple[int, int], seed: int, epoch: int, stream: int = 0, blocks: Blocks | None = None
+) -> np.ndarray:
     """Every cell once in random order as (steps, batch size) positions; the last row is filled up from the beginning.
 
     So a run has one minibatch shape, and no minibatch is too small for batch normalisation. Where there are fewer cells
     than fill it, as in a ``stream`` that goes round, each comes as often as any other, or once more.
+
+    With ``blocks`` the order is that of chunks of neighbouring cells, and of the cells within a block of chunks: the
+    steps of a block need no others. Each of several lanes of a minibatch keeps to chunks of its own.
     """
     rng = np.random.default_rng([seed, _ORDER, epoch, *([stream] if stream else [])])
     goes_round = stream or math.prod(shape) >= len(cells) + shape[1]
     rounds = -(-math.prod(shape) // len(cells)) if goes_round else 1
-    return np.resize(np.concatenate([rng.permutation(cells) for _ in range(rounds)]), shape)
+    if blocks is None:
+        return np.resize(np.concatenate([rng.permutation(cells) for _ in range(rounds)]), shape)
+    order = np.resize(np.concatenate([_permuted_chunks(cells, blocks.chunk, rng) for _ in range(rounds)]), shape)
+    n_lanes = next(n for n in _LANES if shape[1] % n == 0)
+    steps = blocks.steps(shape[0])
+    for first, stop in zip(steps, steps[1:], strict=False):
+        lanes = rng.permuted(order[first:stop].reshape(n_lanes, -1), axis=1)
+        order[first:stop] = lanes.reshape(n_lanes, stop - first, -1).swapaxes(0, 1).reshape(stop - first, -1)
+    return order
+
+
+def _permuted_chunks(cells: np.ndarray, chunk: int, rng: np.random.Generator) -> np.ndarray:
+    """The sorted positions ``cells``, chunk by chunk in random order."""
+    chunks, of_cell = np.unique(cells // chunk, return_inverse=True)
+    return cells[np.argsort(rng.permutation(len(chunks))[of_cell], kind="stable")]
 
 
 def some_of_each_label(cells: np.ndarray, labels: np.ndarray, n: int | None, seed: int, epoch: int) -> np.ndarray:

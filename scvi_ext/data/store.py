@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +13,24 @@ import pandas as pd
 
 from scvi_ext._errors import listing, missing_key
 from scvi_ext.data.audit import LARGEST_EXACT
-from scvi_ext.data.matrix import counts_matrix, read_all, read_rows, row_chunks
+from scvi_ext.data.disk import (
+    BLOCK_BYTES,
+    ENTRY_BYTES,
+    DiskCounts,
+    chunk_rows,
+    chunks_of_block,
+    estimated_bytes,
+    memory_limit,
+    row_totals,
+)
+from scvi_ext.data.matrix import check_rows_stored, counts_matrix, on_disk, read_all, read_rows, row_chunks
 from scvi_ext.data.proteins import background
 from scvi_ext.data.registry import codes, column, known_codes
+from scvi_ext.data.sampler import Blocks
 from scvi_ext.kernels.sparse import all_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import scipy.sparse as sp
     from anndata import AnnData
@@ -27,6 +40,7 @@ if TYPE_CHECKING:
 
 # Standard deviation 0.01 of the log library: a batch with one cell, or downsampled to one depth, keeps a proper prior.
 MIN_LIBRARY_VARIANCE = 1e-4
+_STRETCH_BYTES = 2**26  # read at once where all cells are gone over
 
 
 def resolve_indices(adata: AnnData, indices: Any) -> np.ndarray | None:
@@ -257,9 +271,12 @@ def check_proteins(adata: AnnData, registry: Registry, batch_index: np.ndarray) 
 
 @dataclass(frozen=True)
 class CellStore:
-    """All columns that a model reads, for the chosen cells, genes in the order of the network. Not to be written to."""
+    """All columns that a model reads, for the chosen cells, genes in the order of the network. Not to be written to.
 
-    counts: sp.csr_matrix  # (n, G) float32
+    All but the counts are in host memory, and so are these unless they are too many.
+    """
+
+    counts: sp.csr_matrix | DiskCounts  # (n, G) float32
     batch_index: np.ndarray  # (n,) int64, zeros when no batch is registered
     labels: np.ndarray | None  # (n,) int64, -1 = unlabelled
     size_factor: np.ndarray | None  # (n,) float32
@@ -268,6 +285,7 @@ class CellStore:
     protein: np.ndarray | None  # (n, P) float32
     obs_names: pd.Index
     var_names: pd.Index
+    chunk: int | None = None  # of counts that come from disk, cells that lie together there
 
     @classmethod
     def from_adata(
@@ -320,12 +338,14 @@ class CellStore:
         )
         optional = {name: read(key) if name in columns and key else None for name, (key, read) in readers.items()}
         matrix = counts_matrix(adata, registry.layer, "the layer that pp.setup_anndata registered")
-        counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
-        check_still_raw(counts, registry, obs.index, adata.var_names)
-        if genes is not None:
-            counts = counts[:, genes]
-            counts.sort_indices()
-        return cls(counts=counts, batch_index=batch_index, obs_names=obs.index, var_names=names, **optional)
+        return cls(
+            counts=_counts(matrix, rows, genes, registry, obs.index, adata.var_names),
+            batch_index=batch_index,
+            obs_names=obs.index,
+            var_names=names,
+            chunk=chunk_rows(matrix) if on_disk(matrix) else None,
+            **optional,
+        )
 
     @property
     def n_cells(self) -> int:
@@ -345,9 +365,45 @@ class CellStore:
         """The cells at these positions, in their order, as often as they are named."""
         fields = ("counts", "batch_index", "labels", "size_factor", "categorical", "continuous", "protein", "obs_names")
         columns = {name: getattr(self, name) for name in fields}
-        taken = replace(self, **{name: None if c is None else c[rows] for name, c in columns.items()})
+        taken = replace(self, chunk=None, **{name: None if c is None else c[rows] for name, c in columns.items()})
         taken.counts.has_canonical_format = self.counts.has_canonical_format  # which SciPy would look for again
         return taken
+
+    def stretches(self) -> Iterator[tuple[slice, sp.csr_matrix]]:
+        """The counts of consecutive cells, stretch by stretch, in host memory."""
+        if not self.on_disk:
+            for start, chunk in row_chunks(self.counts):
+                yield slice(start, start + chunk.shape[0]), chunk
+            return
+        length = max(1, int(self.n_cells * _STRETCH_BYTES / max(self.n_bytes, 1)))
+        for start in range(0, self.n_cells, length):
+            stretch = slice(start, min(start + length, self.n_cells))
+            yield stretch, self.counts[stretch]
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the counts stay on disk."""
+        return isinstance(self.counts, DiskCounts)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the counts take in host memory, or would take."""
+        if self.on_disk and self.counts.entries is None:
+            return estimated_bytes(self.counts.matrix, self.n_cells)
+        return self.counts.nnz * ENTRY_BYTES
+
+    def blocks(self) -> Blocks | None:
+        """The order in which an epoch goes over them; None for any. It follows from the file, not from the machine."""
+        if self.chunk is None:
+            return None
+        self.totals  # noqa: B018 - all entries are counted
+        n_blocks = math.ceil(self.n_bytes / BLOCK_BYTES)
+        return Blocks(n_blocks, chunks_of_block(self.chunk, self.n_cells, n_blocks)) if n_blocks > 1 else None
+
+    @property
+    def totals(self) -> np.ndarray:
+        """Float64 sum of the counts of each cell, (n,)."""
+        return self._sums[0]
 
     def summary(self, registry: Registry) -> DataSummary:
         """Sizes, and mean and variance of the log library size of the cells with a positive finite sum in each batch.
@@ -355,7 +411,7 @@ class CellStore:
         The variance is that of the population, at least ``MIN_LIBRARY_VARIANCE``. A batch without such cells gets the
         mean and variance over all of them. Of proteins that were read, also where to start with their background.
         """
-        totals, _ = self._sums()
+        totals = self.totals
         filled = (totals > 0) & np.isfinite(totals)
         library, batches = np.log(totals[filled]), self.batch_index[filled]
         sizes = registry.sizes(self.n_genes)
@@ -379,18 +435,48 @@ class CellStore:
         """
         digest = hashlib.sha256(repr(self.counts.shape).encode())
         columns = (self.batch_index, self.labels, self.size_factor, self.categorical, self.continuous, self.protein)
-        for values in (*self._sums(), *columns):
+        for values in (*self._sums, *columns):
             digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
+    @cached_property
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Float64 sums of the counts per cell and per gene: exact, hence independent of how the matrix is stored."""
-        cells, genes = np.zeros(self.n_cells), np.zeros(self.n_genes)
-        for start, chunk in row_chunks(self.counts):
-            chunk = chunk.astype(np.float64)
-            cells[start : start + chunk.shape[0]] = np.asarray(chunk.sum(axis=1)).ravel()
-            genes += np.asarray(chunk.sum(axis=0)).ravel()
+        cells, genes, entries = np.zeros(self.n_cells), np.zeros(self.n_genes), 0
+        for stretch, counts in self.stretches():
+            cells[stretch] = row_totals(counts)
+            genes += np.ones(counts.shape[0]) @ counts
+            entries += counts.nnz
+        if self.on_disk:
+            self.counts.remember(cells, entries)
         return cells, genes
+
+
+def _counts(
+    matrix: Any,
+    rows: np.ndarray | None,
+    genes: np.ndarray | None,
+    registry: Registry,
+    cells: pd.Index,
+    names: pd.Index,
+) -> sp.csr_matrix | DiskCounts:
+    """These rows and columns, in host memory if they come from there or do not take too much of it."""
+    if on_disk(matrix) and estimated_bytes(matrix, len(cells)) > memory_limit():
+        check_rows_stored(matrix)
+        check = partial(_check_rows, registry, cells, names)
+        return DiskCounts(matrix, rows, genes, check)
+    counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
+    check_still_raw(counts, registry, cells, names)
+    if genes is not None:
+        counts = counts[:, genes]
+        counts.sort_indices()
+    return counts
+
+
+def _check_rows(
+    registry: Registry, cells: pd.Index, names: pd.Index, counts: sp.csr_matrix, positions: np.ndarray
+) -> None:
+    check_still_raw(counts, registry, cells[positions], names)
 
 
 def check_still_raw(counts: sp.csr_matrix, registry: Registry, cells: pd.Index, genes: Sequence[str]) -> None:

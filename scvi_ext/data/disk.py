@@ -1,0 +1,148 @@
+"""Counts that stay on disk: when they do, and how their rows are read."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scvi_ext._errors import number
+from scvi_ext._settings import settings
+from scvi_ext.data.matrix import UnreadableRowsError, read_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import scipy.sparse as sp
+
+ENTRY_BYTES = 8  # in memory: a float32 and the int32 of its gene
+BLOCK_BYTES = 2**28  # of a block: half a second to read, and some thousand minibatches to mix
+_READ_BYTES = 2**20  # at once, at least: any less, and disks and networks spend their time on finding the place
+_CHUNKS = 16  # in a block, at least: places of the file that minibatches are mixed from
+_SHARE = 0.5  # of the memory that is free
+_CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"), (
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+)
+
+
+def memory_limit() -> int:
+    """How many bytes of counts may be held in host memory."""
+    if settings.memory_limit is None:
+        return int(free_memory() * _SHARE)
+    limit = number("settings.memory_limit", settings.memory_limit)
+    if not limit >= 0:
+        msg = f"settings.memory_limit={settings.memory_limit!r} must be a number of gigabytes, 0 or more, or None."
+        raise ValueError(msg)
+    return int(limit * 1e9) if math.isfinite(limit) else 2**63
+
+
+def free_memory() -> int:
+    """Bytes of host memory that are free, within the limit of the job (control group) where it has one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: what is built in, as if half of it were free
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 * 10**9
+    for limit, used in _CONTROL_GROUPS:
+        try:
+            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+        except (OSError, ValueError):  # none, or without a limit ("max")
+            continue
+    return free
+
+
+def estimated_bytes(matrix: Any, n_rows: int) -> int:
+    """What so many rows of a matrix on disk take in host memory; where it is dense, if half its entries are not zero."""
+    n, n_genes = matrix.shape
+    per_row = n_genes / 2 if _entries(matrix) is None else _entries(matrix) / max(n, 1)
+    return int(n_rows * per_row * ENTRY_BYTES)
+
+
+def _entries(matrix: Any) -> int | None:
+    """Stored entries of a sparse matrix on disk; None of a dense one."""
+    parts = getattr(matrix, "parts", None)  # of several files
+    if parts is not None:
+        of_parts = [_entries(part) for part in parts]
+        return None if None in of_parts else sum(of_parts)
+    return matrix.group["indices"].shape[0] if hasattr(matrix, "group") else None
+
+
+def chunk_rows(matrix: Any) -> int:
+    """Rows of a matrix on disk to be read at once: 1 MB, or what the file keeps together."""
+    n = max(matrix.shape[0], 1)
+    parts = getattr(matrix, "parts", None)
+    if parts is not None:
+        return max(chunk_rows(part) for part in parts)
+    entries = _entries(matrix)
+    if entries is None:
+        together, row_bytes = (matrix.chunks or (1,))[0], matrix.shape[1] * matrix.dtype.itemsize
+    else:
+        stored = (matrix.group["indices"].chunks or (1,))[0]
+        together, row_bytes = math.ceil(stored * n / max(entries, 1)), entries * ENTRY_BYTES / n
+    return max(1, together, math.ceil(_READ_BYTES / max(row_bytes, 1)))
+
+
+def chunks_of_block(chunk: int, n_cells: int, n_blocks: int) -> int:
+    """Cells to a chunk, so that a block mixes some."""
+    return max(1, min(chunk, n_cells // (_CHUNKS * n_blocks)))
+
+
+@dataclass(eq=False)
+class DiskCounts:
+    """Rows of a matrix on disk, read when they are asked for: the few words of a CSR matrix that a store uses."""
+
+    matrix: Any  # (N, G') on disk
+    chosen: np.ndarray | None  # (n,) which of its rows; None for all
+    genes: np.ndarray | None  # (G,) which of its columns, in which order; None for all as they stand
+    check: Callable[[sp.csr_matrix, np.ndarray], None]  # of rows and their positions: raises unless they are counts
+    has_canonical_format: bool = True
+    totals: np.ndarray | None = field(default=None, init=False)  # (n,) what the rows added up to when all were read
+    entries: int | None = field(default=None, init=False)  # of all rows, known from then on
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and genes."""
+        return (
+            self.matrix.shape[0] if self.chosen is None else len(self.chosen),
+            self.matrix.shape[1] if self.genes is None else len(self.genes),
+        )
+
+    @property
+    def nnz(self) -> int:
+        """Entries of all rows, once they have been read."""
+        if self.entries is None:
+            msg = "the counts have not been read yet"
+            raise RuntimeError(msg)
+        return self.entries
+
+    def __getitem__(self, positions: slice | np.ndarray) -> sp.csr_matrix:
+        """These rows, in the order asked for, in host memory."""
+        positions = np.arange(self.shape[0])[positions] if isinstance(positions, slice) else np.asarray(positions)
+        rows = positions if self.chosen is None else self.chosen[positions]
+        counts = read_rows(self.matrix, rows)
+        self.check(counts, positions)
+        if self.genes is not None:
+            counts = counts[:, self.genes]
+            counts.sort_indices()
+        if self.totals is not None:
+            changed = row_totals(counts) != self.totals[positions]
+            changed &= ~np.isnan(self.totals[positions])
+            if changed.any():
+                first, last = rows[changed].min(), rows[changed].max()
+                reason = f"{changed.sum()} of them add up to another number of counts than when they were first read"
+                raise UnreadableRowsError(self.matrix, int(first), int(last) + 1, reason)
+        return counts
+
+    def remember(self, totals: np.ndarray, entries: int) -> None:
+        """What was found when all rows were read: from now on, rows that are not the same any more are refused."""
+        self.totals, self.entries = totals, entries
+
+
+def row_totals(counts: sp.csr_matrix) -> np.ndarray:
+    """Float64 sum of each row."""
+    return counts @ np.ones(counts.shape[1])
