@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +13,12 @@ from scvi_ext._errors import first_line
 from scvi_ext.kernels.sparse import SparseRows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from scipy.sparse import csr_matrix
 
     from scvi_ext._contract import Stream
+    from scvi_ext.data.disk import DiskCounts
     from scvi_ext.data.store import CellStore
 
 
@@ -25,30 +27,50 @@ if TYPE_CHECKING:
 _DENSE_FROM = 0.125
 
 
-def host_counts(counts: csr_matrix) -> SparseRows:
+@dataclass(frozen=True)
+class Room:
+    """What a block must hold that is loaded again and again, in the same memory."""
+
+    n_cells: int
+    n_entries: int
+    width: int  # entries of the cell that has most
+
+
+def few_entries(counts: csr_matrix | DiskCounts) -> bool:
+    """Whether a product with a matrix had better go over the entries."""
+    return counts.nnz < _DENSE_FROM * counts.shape[0] * counts.shape[1]
+
+
+def host_counts(counts: csr_matrix, multiply_sparse: bool | None = None) -> SparseRows:
     """Counts in host memory; they stay sparse."""
-    n_cells, n_genes = counts.shape
     return SparseRows(
         torch.from_numpy(counts.indptr.astype(np.int64)),
         torch.from_numpy(counts.indices.astype(np.int32, copy=False)),
         torch.from_numpy(counts.data.astype(np.float32, copy=False)),
-        n_genes,
-        multiply_sparse=counts.nnz < _DENSE_FROM * n_cells * n_genes,
+        counts.shape[1],
+        multiply_sparse=few_entries(counts) if multiply_sparse is None else multiply_sparse,
     )
 
 
 class DeviceCounts:
     """Sparse counts (CSR) in device memory; rows are gathered and made dense there, without a sync."""
 
-    def __init__(self, counts: csr_matrix, device: torch.device):
+    def __init__(self, counts: csr_matrix, device: torch.device, room: Room | None = None):
+        room = room or Room(counts.shape[0], counts.nnz, int(np.diff(counts.indptr).max(initial=0)))
         self.n_genes = counts.shape[1]
-        self.indptr = torch.from_numpy(counts.indptr.astype(np.int64)).to(device)
+        self.indptr = torch.zeros(room.n_cells + 1, dtype=torch.int64, device=device)
         # One entry more than there are, for reads beyond the end of an empty matrix.
-        self.genes = torch.from_numpy(np.append(counts.indices, 0).astype(np.int32)).to(device)
-        self.values = torch.from_numpy(np.append(counts.data, 0).astype(np.float32)).to(device)
-        width = int(np.diff(counts.indptr).max(initial=0))
-        self.lane = torch.arange(width, device=device)
+        self.genes = torch.zeros(room.n_entries + 1, dtype=torch.int32, device=device)
+        self.values = torch.zeros(room.n_entries + 1, device=device)
+        self.lane = torch.arange(room.width, device=device)
+        self.load(counts)
         self.gather, self.note = self._kernel() if device.type == "cuda" else (None, "")
+
+    def load(self, counts: csr_matrix) -> None:
+        """Other counts, in the same memory."""
+        pairs = (self.indptr, counts.indptr), (self.genes, counts.indices), (self.values, counts.data)
+        for tensor, array in pairs:
+            tensor[: len(array)].copy_(_as_tensor(array, tensor), non_blocking=True)
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Dense rows, shape (B, G), float32."""
@@ -83,6 +105,24 @@ class DeviceCounts:
         return gather_rows, ""
 
 
+def _as_tensor(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """On its way to a device from memory that it reads by itself, while the host goes on."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(like.dtype)
+    return tensor.pin_memory() if like.is_cuda else tensor
+
+
+def _cells(store: CellStore, start: int, stop: int | None) -> tuple[csr_matrix, dict[str, np.ndarray]]:
+    """Counts of a stretch of cells in host memory, and their other columns."""
+    whole = start == 0 and (stop is None or stop >= store.n_cells) and not store.on_disk
+    counts = store.counts if whole else store.counts[start:stop]
+    if not counts.has_canonical_format:  # kernels go over each gene of a cell once
+        counts = counts.copy()
+        counts.sum_duplicates()
+    fields = ("batch_index", "labels", "size_factor", "categorical", "continuous", "protein")
+    columns = {name: getattr(store, name) for name in fields}
+    return counts, {name: column[start:stop] for name, column in columns.items() if column is not None}
+
+
 class Block:
     """A stretch of cells of a store, resident on one device.
 
@@ -94,25 +134,55 @@ class Block:
         Where minibatches are made.
     start, stop
         The stretch; all cells by default. Positions given to :meth:`minibatch` count from ``start``.
+    room
+        On a device, memory for more than these cells, which others may be loaded into.
+    multiply_sparse
+        Of :class:`~scvi_ext.kernels.sparse.SparseRows`; as these counts have it by default.
     """
 
-    def __init__(self, store: CellStore, device: torch.device, start: int = 0, stop: int | None = None):
+    def __init__(
+        self,
+        store: CellStore,
+        device: torch.device,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        room: Room | None = None,
+        multiply_sparse: bool | None = None,
+    ):
         self.device = device
         self.genes = np.arange(store.n_genes)  # positions in the names of the store
-        whole = start == 0 and (stop is None or stop >= store.n_cells)
-        counts = store.counts if whole else store.counts[start:stop]
-        if not counts.has_canonical_format:  # kernels go over each gene of a cell once
-            counts = counts.copy()
-            counts.sum_duplicates()
-        self.counts = host_counts(counts) if device.type == "cpu" else DeviceCounts(counts, device)
-        self.note = "" if device.type == "cpu" else self.counts.note
-        fields = ("batch_index", "labels", "size_factor", "categorical", "continuous", "protein")
-        columns = {name: getattr(store, name) for name in fields}
+        self.multiply_sparse = multiply_sparse
+        counts, columns = _cells(store, start, stop)
+        if device.type == "cpu":
+            self._take(counts, columns)
+            self.note = ""
+            return
+        self.counts = DeviceCounts(counts, device, room)
+        self.note = self.counts.note
+        n_cells = counts.shape[0] if room is None else room.n_cells
         self.columns = {
-            name: torch.from_numpy(np.ascontiguousarray(column[start:stop])).to(device)
+            name: torch.zeros((n_cells, *column.shape[1:]), dtype=torch.from_numpy(column).dtype, device=device)
             for name, column in columns.items()
-            if column is not None
         }
+        self._copy(columns)
+
+    def load(self, store: CellStore) -> None:
+        """Other cells, all those of ``store``; on a device in the same memory, so that a captured step finds them."""
+        counts, columns = _cells(store, 0, None)
+        if self.device.type == "cpu":
+            self._take(counts, columns)
+        else:
+            self.counts.load(counts)
+            self._copy(columns)
+
+    def _take(self, counts: csr_matrix, columns: Mapping[str, np.ndarray]) -> None:
+        self.counts = host_counts(counts, self.multiply_sparse)
+        self.columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+
+    def _copy(self, columns: Mapping[str, np.ndarray]) -> None:
+        for name, column in columns.items():
+            self.columns[name][: len(column)].copy_(_as_tensor(column, self.columns[name]), non_blocking=True)
 
     def of(self, stream: Stream) -> Block:
         """Where the minibatches of a stream come from."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from scvi_ext._errors import number
 from scvi_ext._settings import settings
-from scvi_ext.data.matrix import UnreadableRowsError, read_rows
+from scvi_ext.data.matrix import read_rows, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +24,12 @@ BLOCK_BYTES = 2**28  # of a block: half a second to read, and some thousand mini
 _READ_BYTES = 2**20  # at once, at least: any less, and disks and networks spend their time on finding the place
 _CHUNKS = 16  # in a block, at least: places of the file that minibatches are mixed from
 _SHARE = 0.5  # of the memory that is free
-_CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"), (
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
 )
 
 
@@ -57,7 +60,7 @@ def free_memory() -> int:
 
 
 def estimated_bytes(matrix: Any, n_rows: int) -> int:
-    """What so many rows of a matrix on disk take in host memory; where it is dense, if half its entries are not zero."""
+    """What so many rows of a matrix on disk take in host memory; of a dense one, if half its entries are not zero."""
     n, n_genes = matrix.shape
     per_row = n_genes / 2 if _entries(matrix) is None else _entries(matrix) / max(n, 1)
     return int(n_rows * per_row * ENTRY_BYTES)
@@ -102,7 +105,7 @@ class DiskCounts:
     check: Callable[[sp.csr_matrix, np.ndarray], None]  # of rows and their positions: raises unless they are counts
     has_canonical_format: bool = True
     totals: np.ndarray | None = field(default=None, init=False)  # (n,) what the rows added up to when all were read
-    entries: int | None = field(default=None, init=False)  # of all rows, known from then on
+    sizes: np.ndarray | None = field(default=None, init=False)  # (n,) and how many entries they had
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,10 +118,8 @@ class DiskCounts:
     @property
     def nnz(self) -> int:
         """Entries of all rows, once they have been read."""
-        if self.entries is None:
-            msg = "the counts have not been read yet"
-            raise RuntimeError(msg)
-        return self.entries
+        assert self.sizes is not None, "the counts have not been read yet"
+        return int(self.sizes.sum())
 
     def __getitem__(self, positions: slice | np.ndarray) -> sp.csr_matrix:
         """These rows, in the order asked for, in host memory."""
@@ -133,14 +134,14 @@ class DiskCounts:
             changed = row_totals(counts) != self.totals[positions]
             changed &= ~np.isnan(self.totals[positions])
             if changed.any():
-                first, last = rows[changed].min(), rows[changed].max()
-                reason = f"{changed.sum()} of them add up to another number of counts than when they were first read"
-                raise UnreadableRowsError(self.matrix, int(first), int(last) + 1, reason)
+                first, last = int(rows[changed].min()), int(rows[changed].max())
+                reason = f"{changed.sum()} of them do not add up to what they did when they were first read"
+                raise unreadable(self.matrix, first, last + 1, reason)
         return counts
 
-    def remember(self, totals: np.ndarray, entries: int) -> None:
+    def remember(self, totals: np.ndarray, sizes: np.ndarray) -> None:
         """What was found when all rows were read: from now on, rows that are not the same any more are refused."""
-        self.totals, self.entries = totals, entries
+        self.totals, self.sizes = totals, sizes
 
 
 def row_totals(counts: sp.csr_matrix) -> np.ndarray:

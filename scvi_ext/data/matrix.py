@@ -37,6 +37,7 @@ def counts_matrix(adata: AnnData, layer: str | None, role: str = "", name: str =
 
 
 def on_disk(matrix: Any) -> bool:
+    """Whether a matrix is an array in a file."""
     zarr = sys.modules.get("zarr")  # optional: a zarr array can only be here if zarr has been imported
     return isinstance(matrix, h5py.Dataset | CSRDataset | CSCDataset) or (
         zarr is not None and isinstance(matrix, zarr.Array)
@@ -87,12 +88,13 @@ def _rows_first(matrix: Any) -> Any:
 class UnreadableRowsError(OSError):
     """Rows of a file cannot be read, or are not what they were."""
 
-    def __init__(self, matrix: Any, start: int, stop: int, reason: str):
-        self.of = matrix, start, stop
-        super().__init__(
-            f"Rows {start:,} to {stop - 1:,} of {place(matrix)} cannot be used: {reason}. The file is damaged, or has "
-            "been changed since: restore it from a copy."
-        )
+
+def unreadable(matrix: Any, start: int, stop: int, reason: str) -> UnreadableRowsError:
+    """The error that names the file and its rows from ``start`` to before ``stop``."""
+    return UnreadableRowsError(
+        f"Rows {start:,} to {stop - 1:,} of {place(matrix)} cannot be used: {reason}. The file is damaged, or has been "
+        "changed since: restore it from a copy."
+    )
 
 
 def place(matrix: Any) -> str:
@@ -110,13 +112,13 @@ def read_slice(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
         return _as_csr(matrix[start:stop])
     try:
         block = matrix[start:stop]
-        if sp.issparse(block) and not 0 <= block.indices.min(initial=0) <= block.indices.max(initial=0) < block.shape[1]:
-            raise UnreadableRowsError(matrix, start, stop, "it names genes that are not there")
+        if sp.issparse(block) and (block.indices.min(initial=0) < 0 or block.indices.max(initial=0) >= block.shape[1]):
+            raise unreadable(matrix, start, stop, "they name genes that are not there")
         return _as_csr(block)
     except UnreadableRowsError:
         raise
     except Exception as error:  # whatever the libraries of files and of compression raise
-        raise UnreadableRowsError(matrix, start, stop, first_line(error)) from error
+        raise unreadable(matrix, start, stop, first_line(error)) from error
 
 
 def check_rows_stored(matrix: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -83,8 +84,7 @@ def epoch_order(
         return np.resize(np.concatenate([rng.permutation(cells) for _ in range(rounds)]), shape)
     order = np.resize(np.concatenate([_permuted_chunks(cells, blocks.chunk, rng) for _ in range(rounds)]), shape)
     n_lanes = next(n for n in _LANES if shape[1] % n == 0)
-    steps = blocks.steps(shape[0])
-    for first, stop in zip(steps, steps[1:], strict=False):
+    for first, stop in pairwise(blocks.steps(shape[0])):
         lanes = rng.permuted(order[first:stop].reshape(n_lanes, -1), axis=1)
         order[first:stop] = lanes.reshape(n_lanes, stop - first, -1).swapaxes(0, 1).reshape(stop - first, -1)
     return order

@@ -388,7 +388,7 @@ class CellStore:
     @property
     def n_bytes(self) -> int:
         """What the counts take in host memory, or would take."""
-        if self.on_disk and self.counts.entries is None:
+        if self.on_disk and self.counts.sizes is None:
             return estimated_bytes(self.counts.matrix, self.n_cells)
         return self.counts.nnz * ENTRY_BYTES
 
@@ -404,6 +404,14 @@ class CellStore:
     def totals(self) -> np.ndarray:
         """Float64 sum of the counts of each cell, (n,)."""
         return self._sums[0]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Entries of each cell, (n,)."""
+        if not self.on_disk:
+            return np.diff(self.counts.indptr)
+        self.totals  # noqa: B018 - all entries are counted
+        return self.counts.sizes
 
     def summary(self, registry: Registry) -> DataSummary:
         """Sizes, and mean and variance of the log library size of the cells with a positive finite sum in each batch.
@@ -442,13 +450,13 @@ class CellStore:
     @cached_property
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Float64 sums of the counts per cell and per gene: exact, hence independent of how the matrix is stored."""
-        cells, genes, entries = np.zeros(self.n_cells), np.zeros(self.n_genes), 0
+        cells, genes, sizes = np.zeros(self.n_cells), np.zeros(self.n_genes), np.zeros(self.n_cells, np.int32)
         for stretch, counts in self.stretches():
             cells[stretch] = row_totals(counts)
             genes += np.ones(counts.shape[0]) @ counts
-            entries += counts.nnz
+            sizes[stretch] = np.diff(counts.indptr)
         if self.on_disk:
-            self.counts.remember(cells, entries)
+            self.counts.remember(cells, sizes)
         return cells, genes
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from scvi_ext._contract import Loss, Stream
     from scvi_ext.data.store import CellStore
-    from scvi_ext.engine.fit import Progress
     from scvi_ext.engine.plan import Plan
+    from scvi_ext.engine.progress import Progress
 
 
 class NewEntries(nn.Module):

@@ -78,7 +78,12 @@ def check_precision(precision: str, device: torch.device) -> str:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # Some processors have the instructions, and their library of products does not make use of them for float32.
+    x = torch.full((64, 64), 1 + 2**-10)  # which bfloat16 takes for 1
+    with arithmetic(device, "bf16"):
+        return bool((x @ torch.eye(64) == 1).all())
 
 
 @contextmanager

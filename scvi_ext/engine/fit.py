@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-import json
+import math
+import signal
 import time
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from scvi_ext._contract import CLASSIFICATION, Stream
-from scvi_ext._errors import listing
-from scvi_ext.data.joint import resident
+from scvi_ext._errors import first_line, listing
+from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.data.sampler import epoch_order, some_of_each_label
+from scvi_ext.data.stream import cells_of_run
 from scvi_ext.engine.bar import progress_bar
-from scvi_ext.engine.checkpoint import (
-    Snapshot,
-    generator_arrays,
-    load_generators,
-    load_module,
-    load_optimizer,
-    module_arrays,
-    optimizer_arrays,
-)
+from scvi_ext.engine.checkpoint import Snapshot, generator_arrays, load_generators, load_module, module_arrays
 from scvi_ext.engine.device import arithmetic
 from scvi_ext.engine.graph import make_runner
-from scvi_ext.engine.guard import MAX_ROLLBACKS, NonFiniteEvent, find_culprits
+from scvi_ext.engine.guard import MAX_ROLLBACKS, find_culprits
 from scvi_ext.engine.interrupt import deferred_interrupt
+from scvi_ext.engine.processes import ALONE, LostProcessError, lost
+from scvi_ext.engine.progress import Progress, load_checkpoint, make_checkpoint
 from scvi_ext.engine.step import TrainingStep, sums_of_parts
+from scvi_ext.functional.ranks import Ranks, training_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
+    from tqdm import tqdm
 
     from scvi_ext.data.joint import JointStore
+    from scvi_ext.data.sampler import Blocks
     from scvi_ext.data.store import CellStore
+    from scvi_ext.data.stream import Resident, Streamed
+    from scvi_ext.engine.interrupt import Interrupt
     from scvi_ext.engine.plan import Plan
+    from scvi_ext.engine.processes import Team
 
 _VALIDATION_CELLS = 1024  # per forward pass
+_ASK_EVERY = 32  # steps of several processes, after which they agree on whether somebody asked to stop
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Epochs:
     streams: Sequence[Stream]
     n_samples_per_label: int | None
     seed: int
+    blocks: Blocks | None = None
 
     def cells(self, cells: np.ndarray) -> list[np.ndarray]:
         """Those of ``cells`` that belong to each stream."""
@@ -72,25 +76,8 @@ class Epochs:
         for i, (stream, cells) in enumerate(zip(self.streams, self.cells(train), strict=True)):
             if stream.labelled_only:
                 cells = some_of_each_label(cells, self.store.labels, self.n_samples_per_label, self.seed, epoch)
-            rows.append(epoch_order(cells, shape, self.seed, epoch, i))
+            rows.append(epoch_order(cells, shape, self.seed, epoch, i, self.blocks))
         return np.stack(rows)
-
-
-@dataclass
-class Progress:
-    """Where a run stands between two steps: everything that is not a tensor of the module or the optimiser."""
-
-    step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    sums: list[float] = field(default_factory=list)  # of the epoch under way
-    lr_factor: float = 1.0  # lowered by the guard
-    events: list[NonFiniteEvent] = field(default_factory=list)
-    excluded: list[int] = field(default_factory=list)  # cells without a finite loss
-    best_elbo: float = -np.inf  # of held-out cells; of a model without one, minus what their labels cost
-    best_epoch: int = -1
-    best_state: dict[str, np.ndarray] | None = None
-    stop_reason: str = ""
-    ctrl_c: bool = False  # whether the user asked to stop, even if the run was over anyway
 
 
 def fit(
@@ -107,9 +94,12 @@ def fit(
     precision: str = "float32",
     patience: int | None = None,
     resume: Mapping[str, np.ndarray] | None = None,
+    blocks: Blocks | None = None,
+    team: Team = ALONE,
     show_progress: bool | None = None,
     announce: Callable[[float, str], None] = lambda seconds, how: None,
     after_epoch: Callable[[Mapping[str, float], float], bool] | None = None,
+    keep: Callable[[Progress, Callable[[], dict[str, np.ndarray]]], None] | None = None,
 ) -> tuple[Progress, dict[str, np.ndarray]]:
     """Train ``module`` in place.
 
@@ -136,34 +126,48 @@ def fit(
         state is the one that remains.
     resume
         Checkpoint of an earlier call with the same arguments.
+    blocks
+        The order of cells that are read from disk; None where all of them are in memory.
+    team
+        The processes that train it together, each with its part of every minibatch. All of them call this function,
+        with the same arguments.
     show_progress
         Whether to show a bar; None shows it where somebody can see it.
     announce
         Called once with the predicted seconds, and how a step is carried out where there is something to say.
     after_epoch
         Called with the row of the history and the share of the plan that is done; True gives the run up.
+    keep
+        Called after each epoch with how far the run has come, and a function that makes a checkpoint of it.
 
     Returns
     -------
-    How the run went, and a checkpoint from which it can go on.
+    How the run went, and a checkpoint from which it can go on. A run that a damaged file or the end of another process
+    has interrupted tells so in ``failure``, which the caller raises when it has kept what was trained.
     """
     module.to(device).train()
-    block = resident(store, device)
-    step = TrainingStep(module, block, plan, precision, streams)
-    epochs = Epochs(plan, store, streams, n_samples_per_label, seed)
-    progress = Progress()
+    shape = (plan.steps_per_epoch, plan.batch_size)
+    source = cells_of_run(store, device, streams, (shape[0], shape[1] // team.n), blocks)
+    step = TrainingStep(module, source.block, plan, precision, streams, team)
+    epochs = Epochs(plan, store, streams, n_samples_per_label, seed, blocks)
+    progress = Progress(sums=[0.0] * len(step.parts))
     if resume is not None:
         progress = load_checkpoint(module, step.optimizer, device, resume)
-        step.sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
-    with arithmetic(device, precision):
-        step.begin_epoch(epochs.rows(train, 0), _schedule(plan, 0, 1.0), 0)
-        run, how, seconds_per_step = make_runner(step)
-        # A held-out cell costs about a third of a trained one: forward without backward.
-        steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * plan.batch_size * plan.steps_per_epoch))
-        announce(seconds_per_step * steps, ", ".join(filter(None, (how, block.note))))
-        _train(step, run, plan, epochs, progress, train, validation, patience, show_progress, after_epoch)
+        if team.is_first:
+            step.sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
+    try:
+        with arithmetic(device, precision), training_as(team.ranks):
+            step.begin_epoch(_schedule(plan, 0, 1.0), 0)
+            step.lay_out(source.first_piece(team.own(epochs.rows(train, 0))))
+            run, how, seconds_per_step = make_runner(step)
+            # A held-out cell costs about a third of a trained one: forward without backward.
+            steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * math.prod(shape)))
+            announce(seconds_per_step * steps, ", ".join(filter(None, (how, source.block.note))))
+            loop = _Loop(step, source, run, plan, epochs, progress, patience, after_epoch, keep)
+            loop.train(train, validation, show_progress)
+    finally:
+        source.close()
     progress.stop_reason = progress.stop_reason or "finished"
-    progress.sums = step.sums.tolist()
     checkpoint = make_checkpoint(module, step.optimizer, device, progress)
     if progress.best_state is not None and progress.stop_reason != "interrupted":
         load_module(module, progress.best_state)
@@ -171,94 +175,156 @@ def fit(
     return progress, checkpoint
 
 
-def _train(
-    step: TrainingStep,
-    run: Callable[[int], int],
-    plan: Plan,
-    epochs: Epochs,
-    progress: Progress,
-    train: np.ndarray,
-    validation: np.ndarray,
-    patience: int | None,
-    show_progress: bool | None,
-    after_epoch: Callable[[Mapping[str, float], float], bool] | None,
-) -> None:
-    """Carry out what is left of the plan."""
-    module = step.module
-    origin = module_arrays(module)
-    train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
-    with (
-        deferred_interrupt() as interrupt,
-        progress_bar(plan.n_steps, "fit", "step", show_progress, done=progress.step) as bar,
-    ):
-        while progress.step < plan.n_steps and not progress.stop_reason:
-            start = progress.step
-            epoch, first = divmod(start, plan.steps_per_epoch)
-            step.begin_epoch(epochs.rows(train, epoch), _schedule(plan, epoch, progress.lr_factor), first)
-            snapshot, sums_before = Snapshot(module, step.optimizer), step.sums.clone()
-            started = time.perf_counter()
-            end = (epoch + 1) * plan.steps_per_epoch
-            while progress.step < end and not interrupt.requested:
-                done = run(end - progress.step)
-                progress.step += done
-                bar.update(done)
-            if progress.step < end:
-                if not (step.sums.isfinite().all() and _all_finite(module)):  # the guard looks when an epoch ends
-                    snapshot.restore()
-                    progress.step = start
-                    step.sums.copy_(sums_before)
-                progress.stop_reason = "interrupted"
-                break
+@dataclass
+class _Loop:
+    """What is left of a plan, epoch by epoch."""
 
-            held_out = _evaluate(step, epochs, validation, epoch)
-            row = torch.cat([step.sums, held_out, _all_finite(module)]).tolist()  # the one host sync of the epoch
-            seconds = time.perf_counter() - started
-            if not np.isfinite(row).all() or not row[-1]:
-                _roll_back(step, epochs, snapshot, progress, (train, validation), epoch, origin)
-                progress.step = bar.n = start
-                step.sums.copy_(sums_before)
-                train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
-                continue
-            step.sums.zero_()
-            steps_per_second = (end - start) / seconds
-            history = _history_row(row, step, plan, progress, epochs.held_out(validation), steps_per_second)
-            progress.history.append(history)
-            bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
-            if patience is not None and len(validation):
-                _remember_best(module, progress, epoch, patience)
-            if after_epoch is not None and after_epoch(history, progress.step / plan.n_steps):
-                progress.stop_reason = progress.stop_reason or "pruned"
-            if interrupt.requested and progress.step < plan.n_steps and not progress.stop_reason:
-                progress.stop_reason = "interrupted"
-        progress.ctrl_c = interrupt.requested
+    step: TrainingStep
+    source: Resident | Streamed
+    run: Callable[[int], int]
+    plan: Plan
+    epochs: Epochs
+    progress: Progress
+    patience: int | None
+    after_epoch: Callable[[Mapping[str, float], float], bool] | None
+    keep: Callable[[Progress, Callable[[], dict[str, np.ndarray]]], None] | None
+
+    def train(self, train: np.ndarray, validation: np.ndarray, show_progress: bool | None) -> None:
+        """Carry it out, on these cells, and look at the held-out ones after each epoch."""
+        step, plan, progress, team = self.step, self.plan, self.progress, self.step.team
+        module, device = step.module, step.block.device
+        origin = module_arrays(module)
+        train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
+        with (
+            deferred_interrupt((signal.SIGINT, signal.SIGTERM), patient=team.n > 1) as interrupt,
+            progress_bar(plan.n_steps, "fit", "step", show_progress, done=progress.step) as bar,
+        ):
+            while (epoch := len(progress.history)) < plan.n_epochs and not progress.stop_reason:
+                start, begin, end = progress.step, epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch
+                step.begin_epoch(_schedule(plan, epoch, progress.lr_factor), start - begin)
+                snapshot, sums_before = Snapshot(module, step.optimizer), step.sums.clone()
+                generators = generator_arrays(device) if team.n > 1 else {}
+                started = time.perf_counter()
+                row = None
+                try:
+                    self._steps(team.own(self.epochs.rows(train, epoch)), begin, interrupt, bar)
+                    if progress.step == end:
+                        held_out = self._evaluate(validation, epoch)
+                        asked = step.sums.new_tensor([float(interrupt.requested)])
+                        # The one host sync of the epoch.
+                        row = team.sum(torch.cat([step.sums, held_out, _all_finite(module), asked])).tolist()
+                except UnreadableRowsError as error:
+                    progress.failure = error
+                except RuntimeError as error:
+                    if team.n == 1 or not lost(error):
+                        raise
+                    # The others were in the middle of a step, and so was this one: back to where all were alike.
+                    snapshot.restore()
+                    load_generators(device, generators)
+                    progress.step, progress.stop_reason, progress.failure = start, "interrupted", _lost(team, error)
+                    break
+                if row is None:
+                    step.sums.copy_(team.sum(step.sums))
+                    if not (step.sums.isfinite().all() and _all_finite(module)):  # the guard looks when an epoch ends
+                        snapshot.restore()
+                        progress.step = start
+                    else:
+                        progress.sums = step.sums.tolist()
+                    progress.stop_reason = "interrupted"
+                    break
+
+                asked = row.pop() > 0
+                seconds = time.perf_counter() - started
+                if not np.isfinite(row).all() or row[-1] < team.n:
+                    with training_as(Ranks()):
+                        _roll_back(self, snapshot, (train, validation), epoch, origin)
+                    progress.step = bar.n = start
+                    step.sums.copy_(sums_before)
+                    train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
+                    continue
+                step.sums.zero_()
+                progress.sums = step.sums.tolist()
+                steps_per_second = (end - start) / seconds
+                history = _history_row(row, step, plan, progress, self.epochs.held_out(validation), steps_per_second)
+                progress.history.append(history)
+                bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
+                if self.patience is not None and len(validation):
+                    _remember_best(module, progress, epoch, self.patience)
+                if self.after_epoch is not None and self.after_epoch(history, progress.step / plan.n_steps):
+                    progress.stop_reason = progress.stop_reason or "pruned"
+                if asked and progress.step < plan.n_steps and not progress.stop_reason:
+                    progress.stop_reason = "interrupted"
+                if self.keep is not None:
+                    self.keep(progress, lambda: make_checkpoint(module, step.optimizer, device, progress))
+            progress.ctrl_c, progress.terminated = interrupt.requested, interrupt.terminated
+
+    def _steps(self, rows: np.ndarray, begin: int, interrupt: Interrupt, bar: tqdm) -> None:
+        """The steps of an epoch that are left, until somebody asks to stop; ``begin``: the first of all."""
+        step, progress, team = self.step, self.progress, self.step.team
+        pieces = self.source.pieces(rows, progress.step - begin)
+        try:
+            while (piece := _agreed(team, lambda: next(pieces, None))) is not None:
+                start, stop, positions = piece
+                step.lay_out(positions, start)
+                while progress.step < begin + stop:
+                    if team.n == 1 and interrupt.requested:
+                        return
+                    if team.n > 1 and progress.step % _ASK_EVERY == 0 and team.any(interrupt.requested):
+                        return
+                    done = self.run(begin + stop - progress.step)
+                    progress.step += done
+                    bar.update(done)
+        finally:
+            pieces.close()
+
+    @torch.no_grad()
+    def _evaluate(self, held_out: np.ndarray, epoch: int) -> torch.Tensor:
+        """The same sums for held-out cells, in evaluation mode, with draws of their own: training does not notice."""
+        step, team = self.step, self.step.team
+        module, device, total = step.module, step.block.device, torch.zeros_like(step.sums)
+        streams = self.epochs.held_out(held_out)
+        if not any(map(len, streams)):
+            return total
+        n_passes = -(-max(map(len, streams)) // _VALIDATION_CELLS)
+        passes = list(zip(*(np.array_split(cells, n_passes) for cells in streams), strict=True))
+        mine = team.share(range(n_passes))
+
+        def add_up() -> None:
+            minibatches = self.source.minibatches([passes[i] for i in mine], keep=True)
+            for i, cells in zip(mine, minibatches, strict=True):
+                torch.manual_seed(hash((self.epochs.seed, epoch, i)) % 2**63)
+                total.add_(sums_of_parts(module.loss(*cells), step.parts))
+
+        module.eval()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), training_as(Ranks()):
+            _agreed(team, add_up)
+        module.train()
+        return total
+
+
+def _agreed(team: Team, read: Callable[[], Any]) -> Any:
+    """What ``read`` returns; an UnreadableRowsError in all processes if it raises one in any."""
+    failure = found = None
+    try:
+        found = read()
+    except UnreadableRowsError as error:
+        failure = error
+    if team.any(failure is not None):
+        raise failure or UnreadableRowsError("Another process of this run could not read its cells: see its message.")
+    return found
+
+
+def _lost(team: Team, error: RuntimeError) -> LostProcessError:
+    return LostProcessError(
+        f"Another of the {team.n} processes of this run has ended, so that the others cannot go on "
+        f"({first_line(error)})."
+    )
 
 
 def _schedule(plan: Plan, epoch: int, lr_factor: float) -> np.ndarray:
     """Learning rate and KL weight of the steps of an epoch, shape (steps, 2)."""
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
     return np.array([(plan.lr_at(i) * lr_factor, plan.kl_weight_at(i)) for i in steps], dtype=np.float32)
-
-
-@torch.no_grad()
-def _evaluate(step: TrainingStep, epochs: Epochs, held_out: np.ndarray, epoch: int) -> torch.Tensor:
-    """The same sums for held-out cells, in evaluation mode, with draws of their own: training does not notice."""
-    module, block = step.module, step.block
-    total = torch.zeros_like(step.sums)
-    streams = epochs.held_out(held_out)
-    if not any(map(len, streams)):
-        return total
-    n_passes = -(-max(map(len, streams)) // _VALIDATION_CELLS)
-    passes = zip(*(np.array_split(cells, n_passes) for cells in streams), strict=True)
-    module.eval()
-    with torch.random.fork_rng(devices=[block.device] if block.device.type == "cuda" else []):
-        torch.manual_seed(hash((epochs.seed, epoch)) % 2**63)
-        for rows in passes:
-            minibatches = (
-                source.minibatch(r) if len(r) else None for source, r in zip(step.sources, rows, strict=True)
-            )
-            total += sums_of_parts(module.loss(*minibatches), step.parts)
-    module.train()
-    return total
 
 
 def _all_finite(module: nn.Module) -> torch.Tensor:
@@ -313,10 +379,8 @@ def _remember_best(module: nn.Module, progress: Progress, epoch: int, patience: 
 
 
 def _roll_back(
-    step: TrainingStep,
-    epochs: Epochs,
+    loop: _Loop,
     snapshot: Snapshot,
-    progress: Progress,
     cells: tuple[np.ndarray, np.ndarray],
     epoch: int,
     origin: Mapping[str, np.ndarray],
@@ -325,9 +389,10 @@ def _roll_back(
 
     ``cells`` are those that are trained on, and those that are held out.
     """
+    step, epochs, progress = loop.step, loop.epochs, loop.progress
     snapshot.restore()
     rows = np.concatenate(cells)
-    event = find_culprits(step, epochs.cells(rows), epoch, origin)
+    event = find_culprits(step, loop.source, epochs.cells(rows), epoch, origin)
     store = epochs.store
     progress.events.append(event)
     progress.excluded = sorted({*progress.excluded, *event.cells})
@@ -354,40 +419,3 @@ def _roll_back(
         progress.stop_reason = "non-finite loss"
     elif not event.cells:
         progress.lr_factor /= 2
-
-
-# ---- the checkpoint: progress beside the state of module, optimiser and generators
-# -------------------------------------
-
-
-def make_checkpoint(
-    module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, progress: Progress
-) -> dict[str, np.ndarray]:
-    """Everything needed to go on exactly, as named arrays."""
-    plain = asdict(progress)
-    best = plain.pop("best_state") or {}
-    return {
-        **{f"module.{name}": array for name, array in module_arrays(module).items()},
-        **{f"best.{name}": array for name, array in best.items()},
-        **optimizer_arrays(module, optimizer),
-        **generator_arrays(device),
-        "progress": np.asarray([json.dumps(plain)]),
-    }
-
-
-def load_checkpoint(
-    module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, checkpoint: Mapping[str, np.ndarray]
-) -> Progress:
-    """The inverse of :func:`make_checkpoint`."""
-
-    def arrays(prefix: str) -> dict[str, np.ndarray]:
-        return {key.removeprefix(prefix): array for key, array in checkpoint.items() if key.startswith(prefix)}
-
-    load_module(module, arrays("module."))
-    load_optimizer(module, optimizer, checkpoint)
-    load_generators(device, checkpoint)
-    plain = json.loads(str(checkpoint["progress"][0]))
-    plain["events"] = [
-        NonFiniteEvent(**{k: tuple(v) if k != "epoch" else v for k, v in e.items()}) for e in plain["events"]
-    ]
-    return Progress(**plain | {"best_state": arrays("best.") or None, "stop_reason": "", "ctrl_c": False})

@@ -14,29 +14,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class Interrupt:
-    """Whether the user asked to stop."""
+    """Whether somebody asked to stop, and whether it was the system (SIGTERM) rather than the user (Ctrl-C)."""
 
     requested: bool = False
+    terminated: bool = False
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Interrupt]:
-    """Inside, a first Ctrl-C only sets ``requested``; a second one interrupts at once, as usual.
+def deferred_interrupt(
+    signals: tuple[signal.Signals, ...] = (signal.SIGINT,), *, patient: bool = False
+) -> Iterator[Interrupt]:
+    """Inside, a first one of these signals only sets ``requested``; a second one of a kind interrupts as usual.
 
+    ``patient``: nor does a second one, in processes that ``torchrun`` has started: it passes on what they got already.
     Python delivers signals to the main thread only; in any other one this does nothing.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in signals}
 
     def handler(signum: int, frame: object) -> None:
         interrupt.requested = True
-        signal.signal(signal.SIGINT, before)
+        interrupt.terminated |= signum == signal.SIGTERM
+        if not patient:
+            signal.signal(signum, before[signum])
 
-    signal.signal(signal.SIGINT, handler)
+    for signum in signals:
+        signal.signal(signum, handler)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum in signals:
+            signal.signal(signum, before[signum])

@@ -8,6 +8,7 @@ import torch
 
 from scvi_ext._contract import CLASSIFICATION, ELBO, KL_GLOBAL
 from scvi_ext.engine.device import autocast
+from scvi_ext.engine.processes import ALONE
 from scvi_ext.kernels.adam import Adam
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from scvi_ext.data.blocks import Block
     from scvi_ext.data.joint import JointBlock
     from scvi_ext.engine.plan import Plan
+    from scvi_ext.engine.processes import Team
 
 # Epsilon of Adam in every release of scVI; with the usual 1e-8 the held-out ELBO of the one-cycle plan is worse.
 _ADAM_EPS = 0.01
@@ -47,16 +49,24 @@ class TrainingStep:
         ``"float32"`` or ``"bf16"``.
     streams
         The minibatches that the loss takes.
+    team
+        The processes that share each minibatch.
     """
 
     def __init__(
-        self, module: nn.Module, block: Block | JointBlock, plan: Plan, precision: str, streams: Sequence[Stream]
+        self,
+        module: nn.Module,
+        block: Block | JointBlock,
+        plan: Plan,
+        precision: str,
+        streams: Sequence[Stream],
+        team: Team = ALONE,
     ):
         device = block.device
-        self.module, self.block, self.precision = module, block, precision
+        self.module, self.block, self.precision, self.team = module, block, precision, team
         self.streams, self.parts = streams, parts_of(streams)
         self.sources = [block.of(stream) for stream in streams]
-        shape = (len(streams), plan.steps_per_epoch, plan.batch_size)
+        shape = (len(streams), plan.steps_per_epoch, plan.batch_size // team.n)
         self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
         self.schedule = torch.zeros((plan.steps_per_epoch, 2), device=device)  # learning rate, KL weight
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
@@ -75,11 +85,14 @@ class TrainingStep:
             capturable=device.type == "cuda",
         )
 
-    def begin_epoch(self, rows: np.ndarray, schedule: np.ndarray, first: int) -> None:
-        """Lay out an epoch: positions (streams, steps, B), learning rate and KL weight (steps, 2), ``first`` step."""
-        self.rows.copy_(torch.from_numpy(rows))
+    def begin_epoch(self, schedule: np.ndarray, first: int) -> None:
+        """Lay out an epoch: learning rate and KL weight (steps, 2), and which step is the next."""
         self.schedule.copy_(torch.from_numpy(schedule))
         self.cursor.fill_(first)
+
+    def lay_out(self, rows: np.ndarray, start: int = 0) -> None:
+        """Positions in the block (streams, steps, B) that the steps from ``start`` on take."""
+        self.rows[:, start : start + rows.shape[1]].copy_(torch.from_numpy(rows))
 
     def __call__(self) -> None:
         """Do the next step of the epoch."""
@@ -90,6 +103,8 @@ class TrainingStep:
             for parameter in self.parameters:
                 parameter.grad = None
             getattr(loss, "total", loss).backward()
+            if self.team.n > 1:
+                self.team.average([p.grad for p in self.parameters if p.grad is not None])
             self.optimizer.step()
         self.sums += sums_of_parts(loss, self.parts)
         self.cursor += 1

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scvi_ext._contract import SavedFit
     from scvi_ext.data.joint import JointStore
     from scvi_ext.data.store import CellStore
-    from scvi_ext.engine.fit import Progress
+    from scvi_ext.engine.progress import Progress
     from scvi_ext.tl._train import Prepared
 
 

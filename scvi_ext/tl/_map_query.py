@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from scvi_ext._contract import ModelSpec
     from scvi_ext.data.query import Query
-    from scvi_ext.engine.fit import Progress
     from scvi_ext.engine.plan import Plan
+    from scvi_ext.engine.progress import Progress
 
 _MAPPED = "mapped_from"  # in the status of a fit that was made here
 # A few hundred numbers are trained, not a network: steps can be larger and fewer than those of the model's own plan.

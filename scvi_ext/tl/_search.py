@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from scvi_ext._contract import ModelSpec, SavedFit
-    from scvi_ext.engine.fit import Progress
     from scvi_ext.engine.interrupt import Interrupt
+    from scvi_ext.engine.progress import Progress
 
     Data = AnnData | Mapping[str, AnnData]
     Metric = Callable[[Data], float]

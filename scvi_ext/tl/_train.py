@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from scvi_ext._contract import ModelSpec, SavedFit, Stream
     from scvi_ext.data.joint import JointStore
     from scvi_ext.data.store import CellStore
-    from scvi_ext.engine.fit import Progress
     from scvi_ext.engine.plan import Plan
+    from scvi_ext.engine.progress import Progress
 
 
 # Arguments of tl.fit that make a fit what it is, with their defaults, and those that do not.

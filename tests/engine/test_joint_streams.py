@@ -10,7 +10,8 @@ import torch
 
 import scvi_ext as sx
 from scvi_ext._contract import ELBO, Stream
-from scvi_ext.data.joint import JointBlock, JointStore
+from scvi_ext.data.joint import JointStore
+from scvi_ext.data.stream import Resident
 from scvi_ext.data.registry import Registry
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import CellStore
@@ -113,9 +114,12 @@ def training_step(store, pair):
             stores.append(replace(own, batch_index=own.batch_index + first))
             first += 3
         joint = JointStore(tuple(pair), tuple(stores))
-        step = TrainingStep(module, JointBlock(joint, torch.device("cpu")), plan(), "float32", joint.streams)
+        source = Resident(joint, torch.device("cpu"), joint.streams)
+        make.store = joint
+        step = TrainingStep(module, source.block, plan(), "float32", joint.streams)
         epochs = Epochs(plan(), joint, joint.streams, None, 0)
-        step.begin_epoch(epochs.rows(np.arange(231), 0), np.full((5, 2), (0.01, 0.3), np.float32), 0)
+        step.begin_epoch(np.full((5, 2), (0.01, 0.3), np.float32), 0)
+        step.lay_out(epochs.rows(np.arange(231), 0))
         return step
 
     return make
@@ -195,10 +199,11 @@ def test_sums_are_over_the_cells_of_all_data_sets(training_step):
 def test_cells_with_the_largest_loss_are_suspected_whatever_data_set_they_are_of(training_step):
     step = training_step()
     origin = {name: value.detach().numpy().copy() for name, value in step.module.state_dict().items()}
-    event = find_culprits(step, [np.arange(201), np.arange(201, 231)], 0, origin)
+    source = Resident(training_step.store, torch.device("cpu"), step.streams)
+    event = find_culprits(step, source, [np.arange(201), np.arange(201, 231)], 0, origin)
     assert event.cells == ()
     assert len(set(event.suspects)) == 20
-    few = find_culprits(step, [np.empty(0, dtype=int), np.arange(201, 206)], 0, origin)
+    few = find_culprits(step, source, [np.empty(0, dtype=int), np.arange(201, 206)], 0, origin)
     assert set(few.suspects) == set(range(201, 206))
     # Genes are named by their positions among those of all data sets: of the first, and what the second adds.
     names = step.block.parts[1].genes

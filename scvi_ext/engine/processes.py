@@ -1,0 +1,125 @@
+"""The processes that train one module together: those that ``torchrun`` has started, joined by torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+from scvi_ext.functional.ranks import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """All processes of a run, as one of them sees them; alone by default."""
+
+    ranks: Ranks
+    device: torch.device
+
+    @property
+    def n(self) -> int:
+        """How many processes there are."""
+        return self.ranks.n
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks and writes for all."""
+        return self.ranks.rank == 0
+
+    def own(self, rows: np.ndarray) -> np.ndarray:
+        """The part of every minibatch that is this process's; ``rows``: (..., B)."""
+        n_cells = rows.shape[-1] // self.n
+        return rows[..., self.ranks.rank * n_cells : (self.ranks.rank + 1) * n_cells]
+
+    def share(self, of: Sequence) -> Sequence:
+        """Consecutive items, of all of them as many as of any other process, or one more."""
+        first, stop = (len(of) * rank // self.n for rank in (self.ranks.rank, self.ranks.rank + 1))
+        return of[first:stop]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.n > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process. All of them must ask."""
+        if self.n == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
+
+    def average(self, gradients: Sequence[torch.Tensor]) -> None:
+        """The mean over all processes, in place, in one go."""
+        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(self.n)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(list(gradients), [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+    def check_alike(self, digest: str) -> None:
+        """Raise a ValueError in every process unless all have come with the same."""
+        if self.n == 1:
+            return
+        found: list[str | None] = [None] * self.n
+        distributed.all_gather_object(found, digest)
+        others = [rank for rank, other in enumerate(found) if other != found[0]]
+        if others:
+            msg = (
+                f"The {self.n} processes of this run were not given the same: rank {', '.join(map(str, others))} came "
+                "with other cells or options than rank 0. All of them must run the same script on the same data."
+            )
+            raise ValueError(msg)
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        if self.n > 1:
+            distributed.barrier()
+
+
+ALONE = Team(Ranks(), torch.device("cpu"))
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error of an operation says that another process does not answer any more."""
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
+
+
+def join(device: torch.device) -> Team:
+    """The processes that ``torchrun`` has started, each with a device of its own; alone where it has not.
+
+    A process group that exists already is used as it is.
+    """
+    if not distributed.is_available():
+        return ALONE
+    if not distributed.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return ALONE
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
+    return Team(ranks, device) if ranks.n > 1 else ALONE
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """Of several CUDA devices that of this process, as ``torchrun`` numbers them on each machine."""
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    local, n_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= n_devices:
+        msg = (
+            f"This is process {local} of its machine (LOCAL_RANK, from 0), which has {n_devices} CUDA devices: start "
+            f"as many as there are, torchrun --nproc-per-node {n_devices}, or give device='cpu'."
+        )
+        raise ValueError(msg)
+    return torch.device("cuda", local)
