@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 import scvi_ext as sx
 from scvi_ext._contract import Minibatch
-from scvi_ext.engine.device import arithmetic, check_precision
+from scvi_ext.engine.device import _has_bf16, arithmetic, check_precision
 from scvi_ext.models.scvi import VAE
 
 CPU = torch.device("cpu")
-HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="needs a processor with bfloat16 instructions")
+needs_bf16 = pytest.mark.skipif(not _has_bf16(CPU), reason="needs a processor with bfloat16 instructions")
 
 
 def test_unknown_precision(registered):
@@ -27,6 +28,12 @@ def test_a_processor_without_bfloat16_says_so(registered, monkeypatch):
     with pytest.raises(ValueError, match="cpu has no bfloat16 arithmetic: use precision='float32'"):
         sx.tl.fit(registered, max_epochs=1, precision="bf16")
     assert check_precision("float32", CPU) == "float32"
+
+
+def test_a_processor_whose_products_stay_as_they_are_has_no_bfloat16(monkeypatch):
+    """Or the option would be accepted and have no effect."""
+    monkeypatch.setattr("scvi_ext.engine.device.arithmetic", lambda device, precision: nullcontext())
+    assert not _has_bf16(CPU)
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=needs_bf16)])
