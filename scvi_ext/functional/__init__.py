@@ -1,1 +1,1 @@
-"""Pure tensor functions: no parameters, no state."""
+"""Pure tensor functions: no parameters, and no state but which process this is (``ranks``)."""

@@ -22,11 +22,11 @@ def adversarial_loss(critic: nn.Module, z: Tensor, classes: Tensor, weight: Tens
     Parameters
     ----------
     critic
-        From z to logits, (B, C).
+        From z to logits, (B, C) or (S, B, C).
     z
-        Shape (B, L).
+        Shape (B, L) or (S, B, L).
     classes
-        Codes, (B,).
+        Codes, (B,) or (S, B).
     weight
         Of what makes z.
     """
@@ -35,7 +35,7 @@ def adversarial_loss(critic: nn.Module, z: Tensor, classes: Tensor, weight: Tens
     own = torch.nn.functional.one_hot(classes, logits.shape[-1])
     others = (1 - own) / (logits.shape[-1] - 1)
     fooled = -(others * log_softmax(logits, dim=-1)).sum(-1).mean()
-    return weight * fooled + cross_entropy(critic(z.detach()), classes)
+    return weight * fooled + cross_entropy(critic(z.detach()).flatten(0, -2), classes.flatten())
 
 
 def losses_by_cell(logits: Tensor, own: int) -> tuple[Tensor, Tensor]:

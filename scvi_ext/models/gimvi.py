@@ -30,6 +30,7 @@ from torch import nn
 
 from scvi_ext._contract import Capability, Expression, Loss, Minibatch, ModelSpec, Posterior
 from scvi_ext._errors import one_of
+from scvi_ext.functional import ranks
 from scvi_ext.functional.adversary import adversarial_loss
 from scvi_ext.functional.counts import LIKELIHOODS
 from scvi_ext.functional.divergences import kl_standard_normal
@@ -260,11 +261,13 @@ dropout_rate_decoder
 
         Samples are blurred more where there are fewer genes, and look alike where the means, which users see, do not.
         """
-        return qz.loc + _BLUR * (torch.randn_like(qz.loc) if noise is None else noise)
+        return qz.loc + _BLUR * (ranks.normal_like(qz.loc) if noise is None else noise)
 
     def _adversarial(self, watched: list[tuple[int, Tensor]], kl_weight: Tensor | float) -> Tensor:
-        z = torch.cat([of_one for _, of_one in watched])
-        modes = torch.cat([torch.full((len(of_one),), mode, device=z.device) for mode, of_one in watched])
+        # Stacked where they can be: one below the other, the cells of a process would not lie together, see `ranks`.
+        together = torch.stack if len({len(of_one) for _, of_one in watched}) == 1 else torch.cat
+        z = together([of_one for _, of_one in watched])  # (data sets, B, L)
+        modes = together([torch.full((len(of_one),), mode, device=z.device) for mode, of_one in watched])
         return adversarial_loss(self.critic, z, modes, self.kappa * (1 - kl_weight if self.kappa_fades else 1.0))
 
     # ---- one data set, as any count VAE ----------------------------------------------------------------------------

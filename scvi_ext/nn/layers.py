@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from scvi_ext.functional import ranks
 from scvi_ext.functional.tensors import one_hot
 from scvi_ext.kernels.sparse import SparseRows
 
@@ -20,6 +21,37 @@ if TYPE_CHECKING:
 # Momentum and epsilon of batch normalisation are those of the original TensorFlow implementation of scVI,
 # kept by every release since.
 _BATCH_NORM = {"momentum": 0.01, "eps": 0.001}
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """That of torch, in training with the statistics of the cells of all processes that share a minibatch.
+
+    torch.nn.SyncBatchNorm does the same, on CUDA alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, n), or the rows of any number of samples of B cells, to the same shape."""
+        n = ranks.current().n
+        if n == 1 or not self.training:
+            return super().forward(x)
+        dtype = self.weight.dtype  # statistics have the parameters' precision, also where layers are cast
+        mean = ranks.mean(x.mean(0, dtype=dtype))
+        centred = x.to(dtype) - mean
+        var = ranks.mean(centred.square().mean(0))
+        with torch.no_grad():
+            n_rows = n * len(x)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n_rows / (n_rows - 1)), self.momentum)
+        return torch.addcmul(self.bias, centred, self.weight * torch.rsqrt(var + self.eps)).to(x.dtype)
+
+
+class Dropout(nn.Dropout):
+    """That of torch, of the cells of all processes that share a minibatch: each has the rows of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, n) or (S, B, n) to the same shape."""
+        return ranks.dropout(x, self.p) if self.training else x
 
 
 class FCLayer(nn.Module):
@@ -40,14 +72,14 @@ class FCLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(n_in, n_out, bias=bias)
         norms = n_instances if use_batch_norm else 0
-        self.batch_norm = nn.ModuleList(nn.BatchNorm1d(n_out, **_BATCH_NORM) for _ in range(norms))
+        self.batch_norm = nn.ModuleList(BatchNorm1d(n_out, **_BATCH_NORM) for _ in range(norms))
         rest = []
         if use_layer_norm:
             rest.append(nn.LayerNorm(n_out, elementwise_affine=False))
         if use_relu:
             rest.append(nn.ReLU())
         if dropout_rate > 0:
-            rest.append(nn.Dropout(dropout_rate))
+            rest.append(Dropout(dropout_rate))
         self.rest = nn.Sequential(*rest)
 
     def forward(self, x: Tensor | SparseRows, covariates: Tensor | None = None, instance_id: int = 0) -> Tensor:
