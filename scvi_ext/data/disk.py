@@ -12,7 +12,8 @@ import numpy as np
 
 from scvi_ext._errors import number
 from scvi_ext._settings import settings
-from scvi_ext.data.matrix import read_rows, unreadable
+from scvi_ext.data.matrix import on_disk, read_rows, unreadable
+from scvi_ext.data.stacked import parts_of, where
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,21 +68,24 @@ def estimated_bytes(matrix: Any, n_rows: int) -> int:
 
 
 def _entries(matrix: Any) -> int | None:
-    """Stored entries of a sparse matrix on disk; None of a dense one."""
-    parts = getattr(matrix, "parts", None)  # of several files
-    if parts is not None:
-        of_parts = [_entries(part) for part in parts]
+    """Stored entries of a sparse matrix; None of a dense one."""
+    parts = parts_of(matrix)
+    if len(parts) > 1:
+        of_parts = [_entries(part.matrix) for part in parts]
         return None if None in of_parts else sum(of_parts)
-    return matrix.group["indices"].shape[0] if hasattr(matrix, "group") else None
+    matrix = parts[0].matrix
+    return matrix.group["indices"].shape[0] if hasattr(matrix, "group") else getattr(matrix, "nnz", None)
 
 
 def chunk_rows(matrix: Any) -> int:
     """Rows of a matrix on disk to be read at once: 1 MB, or what the file keeps together."""
-    n = max(matrix.shape[0], 1)
-    parts = getattr(matrix, "parts", None)
-    if parts is not None:
-        return max(chunk_rows(part) for part in parts)
-    entries = _entries(matrix)
+    parts = parts_of(matrix)
+    if len(parts) > 1:
+        return max(chunk_rows(part.matrix) for part in parts)
+    matrix = parts[0].matrix
+    n, entries = max(matrix.shape[0], 1), _entries(matrix)
+    if not on_disk(matrix):
+        return 1
     if entries is None:
         together, row_bytes = (matrix.chunks or (1,))[0], matrix.shape[1] * matrix.dtype.itemsize
     else:
@@ -136,7 +140,7 @@ class DiskCounts:
             if changed.any():
                 first, last = int(rows[changed].min()), int(rows[changed].max())
                 reason = f"{changed.sum()} of them do not add up to what they did when they were first read"
-                raise unreadable(self.matrix, first, last + 1, reason)
+                raise unreadable(where(self.matrix, first, last + 1), reason)
         return counts
 
     def remember(self, totals: np.ndarray, sizes: np.ndarray) -> None:

@@ -89,12 +89,17 @@ class UnreadableRowsError(OSError):
     """Rows of a file cannot be read, or are not what they were."""
 
 
-def unreadable(matrix: Any, start: int, stop: int, reason: str) -> UnreadableRowsError:
-    """The error that names the file and its rows from ``start`` to before ``stop``."""
+def unreadable(rows: str, reason: str) -> UnreadableRowsError:
+    """The error about ``rows`` of a file, "rows 12,288 to 16,383 of atlas.h5ad, X"."""
     return UnreadableRowsError(
-        f"Rows {start:,} to {stop - 1:,} of {place(matrix)} cannot be used: {reason}. The file is damaged, or has been "
-        "changed since: restore it from a copy."
+        f"{rows[:1].upper()}{rows[1:]} cannot be used: {reason}. The file is damaged, or has been changed since: "
+        "restore it from a copy."
     )
+
+
+def rows_of(matrix: Any, start: int, stop: int) -> str:
+    """What messages call the rows from ``start`` to before ``stop`` of a matrix on disk."""
+    return f"rows {start:,} to {stop - 1:,} of {place(matrix)}"
 
 
 def place(matrix: Any) -> str:
@@ -113,12 +118,12 @@ def read_slice(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
     try:
         block = matrix[start:stop]
         if sp.issparse(block) and (block.indices.min(initial=0) < 0 or block.indices.max(initial=0) >= block.shape[1]):
-            raise unreadable(matrix, start, stop, "they name genes that are not there")
+            raise unreadable(rows_of(matrix, start, stop), "they name genes that are not there")
         return _as_csr(block)
     except UnreadableRowsError:
         raise
     except Exception as error:  # whatever the libraries of files and of compression raise
-        raise unreadable(matrix, start, stop, first_line(error)) from error
+        raise unreadable(rows_of(matrix, start, stop), first_line(error)) from error
 
 
 def check_rows_stored(matrix: Any) -> None:

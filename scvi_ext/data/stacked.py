@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 
-from scvi_ext.data.matrix import on_disk, place, read_slice
+from scvi_ext.data.matrix import on_disk, place, read_slice, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -162,6 +162,6 @@ def where(matrix: Any, first: int, stop: int) -> str:
     found = []
     for part in _overlapping(matrix, first, stop):
         start, end = max(first, part.first) - part.first, min(stop, part.stop) - part.first
-        kept_in = place(part.matrix) if on_disk(part.matrix) else "a matrix in memory"
-        found.append(f"rows {start:,} to {end - 1:,} of {kept_in}")
+        in_memory = f"rows {start:,} to {end - 1:,} of a matrix in memory"
+        found.append(rows_of(part.matrix, start, end) if on_disk(part.matrix) else in_memory)
     return "; ".join(found) or "no rows"
