@@ -34,14 +34,16 @@ MAY_IMPORT = {
     "nn": F0 | F1,
     "models": F0 | F1 | {"nn"},
     "data": F0 | {"kernels"},  # minibatches of sparse rows
-    "engine": F0 | {"kernels", "data"},
+    "engine": F0 | F1 | {"data"},
     "results": F0,  # writes into an AnnData
     "fitted": BELOW_F5,  # reads a fit out of an AnnData
     "reference": F0 | {"data", "io"},  # a fit, whatever it is handed over as
+    "portable": F0 | {"data"},  # a fit in the types that files can hold
     "modalities": F0 | {"data", "results"},  # a MuData as an AnnData, and back
-    **{room: BELOW_F5 | {"results", "fitted", "modalities"} for room in F6 - {"pl"}},
-    "pp": BELOW_F5 | {"results", "reference", "modalities"},
-    "tl": BELOW_F5 | {"results", "fitted", "reference", "metrics", "modalities"},
+    "files": F0 | {"data", "results"},  # files as an AnnData, and back
+    **{room: BELOW_F5 | {"results", "fitted", "modalities", "files"} for room in F6 - {"pl"}},
+    "pp": BELOW_F5 | {"results", "reference", "modalities", "files"},
+    "tl": BELOW_F5 | {"results", "fitted", "reference", "metrics", "modalities", "files"},
     "pl": F0 | {"get"},
     "__init__": F0 | F6 | {"models"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from scvi_ext.data.blocks import Block, Room, few_entries
+from scvi_ext.data.disk import memory_limit
 from scvi_ext.data.joint import JointStore, resident
 from scvi_ext.data.sampler import Blocks
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     Passes = Sequence[Sequence[np.ndarray]]  # of a pass, positions of the cells of each stream
 
 _DEVICE_SHARE = 0.6  # of the free memory of a device, for counts
+_DEVICE_BLOCK_BYTES = 2**31  # of a block in host memory, which is sent while the one before is trained on
 
 
 def cells_of_run(
@@ -35,6 +38,30 @@ def cells_of_run(
     if fits(store, device):
         return Resident(store, device, streams)
     return Streamed(store, device, streams, shape, blocks or Blocks(1, store.chunk or 1))
+
+
+def order_of(store: CellStore | JointStore, device: torch.device) -> Blocks | None:
+    """The order of cells that come block by block: from a file, or because a device does not hold all of them."""
+    if isinstance(store, JointStore):
+        return None
+    if store.chunk is None and not fits(store, device):
+        return Blocks(math.ceil(store.n_bytes / _DEVICE_BLOCK_BYTES), 1)
+    return store.blocks()
+
+
+def placement(store: CellStore | JointStore, device: torch.device) -> str:
+    """Where the counts of a run are, and why, in words."""
+    if isinstance(store, JointStore):
+        return f"counts on {device}"
+    size = f"counts ({store.n_bytes / 1e9:.2g} GB)"
+    allowed = f"the {memory_limit() / 1e9:.2g} GB of memory that they may take (settings.memory_limit)"
+    if store.on_disk:
+        return f"{size} stay on disk and are read in blocks: more than {allowed}"
+    if not fits(store, device):
+        return f"{size} in host memory, sent in blocks: more than the memory of {device} takes"
+    if device.type != "cpu":
+        return f"{size} on {device}, which holds all of them"
+    return f"{size} in host memory" + ("" if store.chunk is None else f", read from disk: within {allowed}")
 
 
 def fits(store: CellStore | JointStore, device: torch.device) -> bool:

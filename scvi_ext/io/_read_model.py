@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.numpy import load
 
 from scvi_ext._errors import listing
+from scvi_ext.portable import FORMAT, from_arrays
 
 from ._adopt import adopt
-from ._model_folder import ARRAYS, DOCUMENT, FORMAT, from_folder
+from ._model_folder import ARRAYS, DOCUMENT
 
 if TYPE_CHECKING:
     import os
@@ -86,7 +87,7 @@ def read_model(
         )
         raise ValueError(msg)
     try:
-        fit = from_folder(load(content), document)
+        fit = from_arrays(load(content), document)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         msg = f"{str(folder / DOCUMENT)!r} is incomplete or was changed ({type(error).__name__}: {error})."
         raise ValueError(msg) from error

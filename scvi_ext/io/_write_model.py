@@ -13,8 +13,9 @@ from scanpy import logging as logg
 
 from scvi_ext._errors import listing
 from scvi_ext.data.registry import read_fit
+from scvi_ext.portable import to_arrays
 
-from ._model_folder import ARRAYS, DOCUMENT, to_folder
+from ._model_folder import ARRAYS, DOCUMENT
 
 if TYPE_CHECKING:
     import os
@@ -67,7 +68,7 @@ def write_model(adata: AnnData, path: str | os.PathLike, key: str | None = None,
     fit = read_fit(adata, key)
     target = Path(path).expanduser()
     _check_target(target, overwrite)
-    arrays, document = to_folder(fit)
+    arrays, document = to_arrays(fit)
     content = save(arrays)
     document["sha256"] = sha256(content).hexdigest()
 

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from scvi_ext import models
+from scvi_ext._errors import one_of
 from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.device import resolve_device
-from scvi_ext.tl._fit_into import fit_into
+from scvi_ext.engine.processes import device_of_rank, join
+from scvi_ext.tl._checkpoint import checkpoint_file, go_on, interrupted_fit, is_finished
+from scvi_ext.tl._fit_into import fit_into, take_over
 from scvi_ext.tl._prepare_fit import reopen
 from scvi_ext.tl._prepare_joint import check_datasets, reopen_joint
+from scvi_ext.tl._team import check_team, quiet_unless_first
 from scvi_ext.tl._train import OPTIONS, Prepared, prepare_new
 
 if TYPE_CHECKING:
+    from os import PathLike
     from typing import Any, Literal
 
     from anndata import AnnData
@@ -36,8 +42,8 @@ def fit(
     device: str = "auto",
     precision: Literal["float32", "bf16"] = "float32",
     seed: int | None = None,
-    checkpoint: bool = False,
-    resume: bool = False,
+    checkpoint: bool | str | PathLike = False,
+    resume: bool | Literal["auto"] = False,
     progress: bool | None = None,
     copy: bool = False,
     **model_params: Any,
@@ -52,8 +58,11 @@ def fit(
     Parameters
     ----------
     adata
-        Annotated data, set up. For a model of several data sets a mapping from their names to them: genes are matched
-        by name, and each need not have those of the others. The fit is kept in each of them, with what is its own.
+        Annotated data, set up: in memory, backed, or the path of an h5ad or zarr file or a list of such, into which the
+        fit is written. Counts of files that take more than ``settings.memory_limit`` stay on disk, see
+        :doc:`/user_guide/large_data`. For a model of several data sets a mapping from their names to them: genes are
+        matched by name, and each need not have those of the others. The fit is kept in each of them, with what is its
+        own.
     model
         Name of a model, see :func:`scvi_ext.models.show`.
     key_added
@@ -92,10 +101,13 @@ def fit(
         Of initial weights, split, order of the cells, dropout and posterior samples; None takes ``settings.seed``.
         Global random generators are neither read nor changed.
     checkpoint
-        Keep the state of optimiser and generators too (about twice the size of the weights). An interrupted run keeps
-        it anyway.
+        True: keep the state of optimiser and generators too (about twice the size of the weights). An interrupted run
+        keeps it anyway. A path: besides, keep the run in this file while it is under way (once a minute, when an epoch
+        ends), so that it outlives its process.
     resume
-        Go on with the fit ``key_added`` exactly where it stopped. All other options are those of that run.
+        True: go on exactly where the fit ``key_added`` stopped, in ``adata`` or in the file ``checkpoint``; all other
+        options are those of that run. ``"auto"``: go on where there is such a fit, which must have been given the same
+        options, and begin where there is none: for scripts that are started again and again.
     progress
         Show a bar; None shows it in terminals and notebooks.
     copy
@@ -126,6 +138,12 @@ def fit(
         The loss is not finite from the first epoch on, at any learning rate tried.
     KeyboardInterrupt
         After the fit was written, if Ctrl-C was pressed (and ``copy=False``).
+    SystemExit
+        The same, if the system asked the process to end (SIGTERM).
+    OSError
+        A file cannot be read, which is named with the rows. What was trained before is written and can go on.
+    RuntimeError
+        Of several processes that train together, one has ended. What was trained before is kept, too.
 
     Examples
     --------
@@ -140,6 +158,8 @@ def fit(
     ----------
     Lopez et al. (2018), Nature Methods 15, 1053. Svensson et al. (2020), Bioinformatics 36, 3418.
     """
+    if not isinstance(resume, bool):
+        one_of("resume", resume, ("auto",))
     options = {name: value for name, value in locals().items() if name in OPTIONS}
     asked = {k: v for k, v in options.items() if k in _OF_RUN and v != OPTIONS[k]} | model_params
     check_datasets(adata, models.get(model))
@@ -148,12 +168,32 @@ def fit(
         check_in_memory(part, copy=copy)
     if copy:
         adata = {name: part.copy() for name, part in adata.items()} if several else adata.copy()
-    target = resolve_device(device)
-    if resume:
-        start = Prepared(*(reopen_joint if several else reopen)(adata, key_added, model, asked))
-    else:
-        start = prepare_new(adata, model, options, model_params, device=target)
-    done = fit_into(adata, start, target, keep_checkpoint=checkpoint, progress=progress)
+    target = device_of_rank(resolve_device(device))
+    team = join(target)
+    file = checkpoint_file(checkpoint, model if key_added is None else key_added, team, several=several)
+    options["checkpoint"] = checkpoint is True
+    with quiet_unless_first(team):
+        kept = file.read() if file is not None and resume else None
+        if resume is True:
+            start = Prepared(
+                *reopen_joint(adata, key_added, model, asked)
+                if several
+                else reopen(adata, key_added, model, asked, kept)
+            )
+        else:
+            start = prepare_new(adata, model, options, model_params, device=target)
+            found = interrupted_fit(adata, start.fits[0].key) if kept is None and resume else kept
+            if found is not None:
+                start = go_on(start, found)
+                if is_finished(found):
+                    return take_over(adata, found, file, copy=copy)
+        check_team(team, start)
+        bar = progress if team.is_first else False
+        done = fit_into(adata, start, target, keep_checkpoint=checkpoint is True, file=file, team=team, progress=bar)
+    if done.failure is not None:
+        raise done.failure
+    if done.terminated:
+        raise SystemExit(128 + signal.SIGTERM)
     if done.ctrl_c and not copy:
         raise KeyboardInterrupt
     return adata if copy else None

@@ -13,6 +13,8 @@ from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.registry import read_fit, read_root
+from scvi_ext.data.stream import placement
+from scvi_ext.engine.processes import ALONE
 from scvi_ext.functional import fused
 from scvi_ext.tl._train import train
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from scvi_ext._contract import SavedFit
     from scvi_ext.data.joint import JointStore
     from scvi_ext.data.store import CellStore
+    from scvi_ext.engine.processes import Team
     from scvi_ext.engine.progress import Progress
+    from scvi_ext.tl._checkpoint import CheckpointFile
     from scvi_ext.tl._train import Prepared
 
 
@@ -35,6 +39,8 @@ def fit_into(
     device: torch.device,
     *,
     keep_checkpoint: bool = False,
+    file: CheckpointFile | None = None,
+    team: Team = ALONE,
     progress: bool | None = None,
 ) -> Progress:
     """Train, and write the fit into ``adata``, or into each of its data sets; how it went."""
@@ -43,8 +49,10 @@ def fit_into(
         start,
         device,
         keep_checkpoint=keep_checkpoint,
+        file=file,
+        team=team,
         show_progress=progress,
-        announce=lambda seconds, how: _log_plan(start, seconds, device, how),
+        announce=lambda seconds, how: _log_plan(start, seconds, device, how, team),
     )
     several = isinstance(adata, Mapping)
     parts = [adata[fitted.joint["dataset"]] for fitted in fits] if several else [adata]
@@ -54,7 +62,9 @@ def fit_into(
         fits = [replace(fitted, key=f"{fitted.key}_interrupted") for fitted in fits]
     for part, fitted in zip(parts, fits, strict=True):
         results.write_fit(part, fitted)
-    _report(done, fits[0], start.store)
+    if file is not None and team.is_first and done.stop_reason != "interrupted":
+        file.remove()
+    _report(done, fits[0], start.store, file)
     where = f" of each of the data sets {listing(start.store.names)}" if several else ""
     logg.info(
         f"    {done.stop_reason} after {len(done.history)} epochs",
@@ -62,6 +72,13 @@ def fit_into(
         deep=f"added\n    {fits[0].key!r}, the fitted model (adata.uns[{UNS.root!r}][{UNS.fits!r}]{where})",
     )
     return done
+
+
+def take_over(adata: AnnData, found: SavedFit, file: CheckpointFile | None, *, copy: bool) -> AnnData | None:
+    """A fit that was finished before its process came to an end."""
+    results.write_fit(adata, found if found.run["checkpoint"] else replace(found, checkpoint=None))
+    logg.info(f"fit {found.key!r} was finished already" + ("" if file is None else f": taken from {str(file.path)!r}"))
+    return adata if copy else None
 
 
 def _log_start(start: Prepared) -> datetime:
@@ -77,18 +94,20 @@ def _log_start(start: Prepared) -> datetime:
     )
 
 
-def _log_plan(start: Prepared, seconds: float, device: torch.device, how: str) -> None:
+def _log_plan(start: Prepared, seconds: float, device: torch.device, how: str, team: Team) -> None:
     plan, module = start.plan, start.module
     generates = Capability.COUNTS in start.spec.capabilities
     if generates:
         dtype = next(module.parameters()).dtype
         kernels = [fused.choose(name, device.type, dtype)[1] for name in dict.fromkeys(module.likelihoods)]
         how = ", ".join(filter(None, (*kernels, how)))
+    shared = f", shared by {team.n} processes" if team.n > 1 else ""
     schedule = f"one cycle with peak {plan.lr:g}" if plan.one_cycle else f"constant {plan.lr:g}"
     kl_weight = f", final KL weight {plan.final_kl_weight:.3g}" if generates else ""
     logg.info(
-        f"    plan {plan.name!r}: {plan.n_epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} cells, "
-        f"learning rate {schedule}{kl_weight}\n"
+        f"    plan {plan.name!r}: {plan.n_epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} cells"
+        f"{shared}, learning rate {schedule}{kl_weight}\n"
+        f"    {placement(start.store, device)}\n"
         f"    about {_duration(seconds)} on {device}{f', {how}' if how else ''}"
     )
     if generates and plan.final_kl_weight < 1:
@@ -109,13 +128,15 @@ def _is_finished(adata: AnnData, key: str) -> bool:
     return key in fits and read_fit(adata, key).status.get("stop_reason") != "interrupted"
 
 
-def _report(done: Progress, fitted: SavedFit, store: CellStore | JointStore) -> None:
+def _report(done: Progress, fitted: SavedFit, store: CellStore | JointStore, file: CheckpointFile | None) -> None:
     """Say aloud what a user must know about the run."""
     if done.stop_reason == "interrupted":
-        logg.warning(
-            f"interrupted at step {done.step}; what was trained is kept as {fitted.key!r}. "
-            f"Go on with tl.fit(adata, {fitted.model!r}, key_added={fitted.key!r}, resume=True)."
-        )
+        kept = f"{fitted.key!r}" if file is None else f"{fitted.key!r} and in {str(file.path)!r}"
+        in_file = "" if file is None or not file.asked else f", checkpoint={str(file.path)!r}"
+        advice = f"Go on with tl.fit(adata, {fitted.model!r}, key_added={fitted.key!r}{in_file}, resume=True)."
+        logg.warning(f"interrupted at step {done.step}; what was trained is kept as {kept}. {advice}")
+        if done.failure is not None:
+            done.failure.add_note(f"What was trained until step {done.step} is kept as {kept}. {advice}")
     if done.events:
         last = done.events[-1]
         who = (

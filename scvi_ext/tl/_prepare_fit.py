@@ -149,10 +149,14 @@ def prepare(
 
 
 def reopen(
-    adata: AnnData, key_added: str | None, model: str, asked: dict
+    adata: AnnData, key_added: str | None, model: str, asked: dict, kept: SavedFit | None = None
 ) -> tuple[list[SavedFit], Any, CellStore, Plan, dict[str, np.ndarray]]:
-    """The same for a fit that goes on."""
-    fitted = read_fit(adata, model if key_added is None else key_added)
+    """The same for a fit that goes on: the one inside ``adata``, or the one that was ``kept`` in a file."""
+    key = model if key_added is None else key_added
+    fitted = read_fit(adata, key) if kept is None else kept
+    if fitted.key != key:
+        msg = f"The checkpoint is of the fit {fitted.key!r}, not {key!r}: resume it under that name, key_added=..."
+        raise ValueError(msg)
     check_fit_matches_setup(fitted, adata)
     if model != fitted.model:
         msg = f"Fit {fitted.key!r} is of the model {fitted.model!r}, not {model!r}: resume it as that."

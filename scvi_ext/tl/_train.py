@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +13,13 @@ import pandas as pd
 
 from scvi_ext import models
 from scvi_ext._contract import Capability
-from scvi_ext.data.sampler import split_cells
+from scvi_ext.data.sampler import Blocks, split_cells
+from scvi_ext.data.stream import order_of
 from scvi_ext.engine import fit as engine
 from scvi_ext.engine.checkpoint import module_arrays
 from scvi_ext.engine.device import check_precision, resolve_seed, seeded
 from scvi_ext.engine.map_cells import map_cells
+from scvi_ext.engine.processes import ALONE
 from scvi_ext.functional.calibration import fit_temperature
 from scvi_ext.tl._prepare_fit import prepare
 from scvi_ext.tl._prepare_joint import prepare_joint, split_joint
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
     from scvi_ext.data.joint import JointStore
     from scvi_ext.data.store import CellStore
     from scvi_ext.engine.plan import Plan
+    from scvi_ext.engine.processes import Team
     from scvi_ext.engine.progress import Progress
+    from scvi_ext.tl._checkpoint import CheckpointFile
 
 
 # Arguments of tl.fit that make a fit what it is, with their defaults, and those that do not.
@@ -74,6 +79,12 @@ class Prepared:
         return models.get(self.fits[0].model)
 
     @property
+    def blocks(self) -> Blocks | None:
+        """The order of cells that come block by block."""
+        blocks = self.fits[0].run.get("blocks")
+        return None if blocks is None else Blocks(**{name: int(value) for name, value in blocks.items()})
+
+    @property
     def streams(self) -> Sequence[Stream]:
         """The minibatches that its loss takes."""
         return self.spec.streams if self.fits[0].joint is None else self.store.streams
@@ -100,7 +111,7 @@ def prepare_new(
     several = isinstance(adata, Mapping)
     of_plan = ("batch_size", "max_epochs", "lr", "kl_warmup", "weight_decay")
     as_they_are = ("key_added", "init_from", "n_samples_per_label", "early_stopping", "checkpoint")
-    return Prepared(
+    start = Prepared(
         *(prepare_joint if several else prepare)(
             adata,
             model,
@@ -113,6 +124,10 @@ def prepare_new(
             **{name: options[name] for name in as_they_are},
         )
     )
+    blocks = order_of(start.store, device)
+    if blocks is None:
+        return start
+    return replace(start, fits=[replace(fitted, run={**fitted.run, "blocks": asdict(blocks)}) for fitted in start.fits])
 
 
 def train(
@@ -120,13 +135,24 @@ def train(
     device: torch.device,
     *,
     keep_checkpoint: bool = False,
+    file: CheckpointFile | None = None,
+    team: Team = ALONE,
     show_progress: bool | None = None,
     announce: Callable[[float, str], None] = lambda seconds, how: None,
     after_epoch: Callable[[Mapping[str, float], float], bool] | None = None,
 ) -> tuple[Progress, list[SavedFit]]:
-    """Train the module; how that went, and the fits as they are now. For callbacks see the engine."""
+    """Train the module; how that went, and the fits as they are now. For callbacks see the engine.
+
+    ``file``: where the run is kept meanwhile. What interrupted it, if nobody did, is in the progress.
+    """
     module, store, plan, run = start.module, start.store, start.plan, start.fits[0].run
     train, validation = start.split()
+
+    def keep(progress: Progress, make_checkpoint: Callable[[], dict[str, np.ndarray]]) -> None:
+        if file.due:
+            unfinished = replace(progress, stop_reason="interrupted")
+            file.write(_learned(start, unfinished, module_arrays(module), device, make_checkpoint())[0])
+
     with seeded(run["seed"] + 1, device):  # initial weights took run["seed"]
         done, state_of_run = engine.fit(
             module,
@@ -141,18 +167,35 @@ def train(
             precision=run.get("precision", "float32"),
             patience=run.get("patience"),
             resume=start.checkpoint,
+            blocks=start.blocks,
+            team=team,
             show_progress=show_progress,
             announce=announce,
             after_epoch=after_epoch,
+            keep=keep if file is not None and team.is_first else None,
         )
-    keeps = keep_checkpoint or run["checkpoint"] or done.stop_reason == "interrupted"
-    learned = {
-        "state": module_arrays(module),
-        "history": _history(done),
-        "status": _status(done, start, device) | _calibration(done, start, validation),
-        "checkpoint": state_of_run if keeps else None,
-    }
-    return done, [replace(fitted, **learned) for fitted in start.fits]
+    interrupted = done.stop_reason == "interrupted"
+    calibration = {} if done.failure is not None else _calibration(done, start, validation)
+    fits = _learned(start, done, module_arrays(module), device, state_of_run, calibration)
+    # Of processes that have lost one of them, any may be the last to know: what they write is the same.
+    if file is not None and (team.is_first or done.failure is not None):
+        file.write(fits[0])
+    keeps = keep_checkpoint or run["checkpoint"] or interrupted
+    return done, fits if keeps else [replace(fitted, checkpoint=None) for fitted in fits]
+
+
+def _learned(
+    start: Prepared,
+    done: Progress,
+    state: dict[str, np.ndarray],
+    device: torch.device,
+    checkpoint: dict[str, np.ndarray],
+    calibration: Mapping[str, Any] = MappingProxyType({}),
+) -> list[SavedFit]:
+    """The fits with what has been learned."""
+    status = {**_status(done, start, device), **calibration}
+    learned = {"state": state, "history": _history(done), "status": status, "checkpoint": checkpoint}
+    return [replace(fitted, **learned) for fitted in start.fits]
 
 
 def _calibration(done: Progress, start: Prepared, held_out: np.ndarray) -> dict[str, Any]:

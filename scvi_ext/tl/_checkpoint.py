@@ -1,0 +1,155 @@
+"""A fit under way as a file, from which it goes on when its process has come to an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from scvi_ext._errors import first_line, listing
+from scvi_ext._keys import UNS
+from scvi_ext.data.registry import read_fit, read_root
+from scvi_ext.portable import FORMAT, encode, from_arrays, to_arrays
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from anndata import AnnData
+
+    from scvi_ext._contract import SavedFit
+    from scvi_ext.engine.processes import Team
+    from scvi_ext.tl._train import Prepared
+
+_EVERY = 60  # seconds: what is lost with a process is at most this and an epoch
+_FIT = "scvi_ext.fit"  # of the header of a safetensors file, which holds text
+
+
+class CheckpointFile:
+    """Where a run that is under way is kept, besides the memory of its process.
+
+    Parameters
+    ----------
+    path
+        One safetensors file, which has its name only when it is complete.
+    asked
+        Whether somebody asked for it; else it is removed when the run is over.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, asked: bool = True):
+        self.path, self.asked = Path(path).expanduser(), asked
+        self.written = time.monotonic()
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            msg = f"checkpoint={str(self.path)!r} cannot be a file: give a name in a folder that exists."
+            raise ValueError(msg)
+        if not os.access(self.path if self.path.exists() else self.path.absolute().parent, os.W_OK):
+            msg = f"checkpoint={str(self.path)!r} cannot be written: the file or its folder is read-only."
+            raise PermissionError(msg)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write again."""
+        return time.monotonic() - self.written >= _EVERY
+
+    def write(self, fitted: SavedFit) -> None:
+        """Replace what is there, in one step."""
+        arrays, document = to_arrays(fitted)
+        content = save(arrays, metadata={_FIT: json.dumps(document, allow_nan=False)})
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or a name without content could be what remains of a machine that fails
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
+        self.written = time.monotonic()
+
+    def read(self) -> SavedFit | None:
+        """The fit; None where there is no file."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                text = (file.metadata() or {}).get(_FIT)
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            msg = (
+                f"checkpoint={str(self.path)!r} cannot be read ({first_line(error)}): it is damaged, or no checkpoint. "
+                "Remove it to begin anew."
+            )
+            raise ValueError(msg) from error
+        document = None if text is None else json.loads(text)
+        if document is None or document["format"] > FORMAT:
+            msg = f"checkpoint={str(self.path)!r} is not a checkpoint that this version of scvi_ext has written."
+            raise ValueError(msg)
+        return from_arrays(arrays, document)
+
+    def remove(self) -> None:
+        """Remove the file if nobody asked for it."""
+        if not self.asked:
+            self.path.unlink(missing_ok=True)
+
+
+def checkpoint_file(
+    checkpoint: bool | str | os.PathLike, key: str, team: Team, *, several: bool
+) -> CheckpointFile | None:
+    """Where a run is kept while it is under way; of several processes by default ``<key>.checkpoint``."""
+    if not isinstance(checkpoint, bool | str | os.PathLike):
+        msg = (
+            f"checkpoint={checkpoint!r} is a {type(checkpoint).__name__}; True, False or the path of a file is needed."
+        )
+        raise TypeError(msg)
+    if isinstance(checkpoint, bool):
+        return CheckpointFile(f"{key}.checkpoint", asked=False) if team.n > 1 and not several else None
+    if several:
+        msg = f"checkpoint={str(checkpoint)!r} has no effect: a fit to several data sets is kept inside them only."
+        raise ValueError(msg)
+    return CheckpointFile(checkpoint)
+
+
+def interrupted_fit(adata: AnnData, key: str) -> SavedFit | None:
+    """The fit of this name, if it was interrupted and can go on."""
+    if key not in read_root(adata).get(UNS.fits, {}):
+        return None
+    fitted = read_fit(adata, key)
+    return fitted if fitted.checkpoint is not None and not is_finished(fitted) else None
+
+
+def is_finished(fitted: SavedFit) -> bool:
+    """Whether its run came to an end by itself."""
+    return fitted.status.get("stop_reason") != "interrupted"
+
+
+def go_on(start: Prepared, found: SavedFit) -> Prepared:
+    """``start``, from where the fit ``found`` stands; a ValueError unless it is the same fit of the same cells."""
+    new = start.fits[0]
+    one, other = ({**_plain(fitted.config), **_plain(fitted.run)} for fitted in (found, new))
+    options = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    if options or found.model != new.model or _plain(found.frozen) != _plain(new.frozen):
+        msg = (
+            f"The fit {found.key!r} to go on with was given other options ({listing(options or ['model'])}): give the "
+            "same ones, or resume=False to begin anew."
+        )
+        raise ValueError(msg)
+    if list(found.var_names) != list(new.var_names) or found.status["data"] != start.store.fingerprint():
+        msg = (
+            f"The fit {found.key!r} to go on with is of other data: cells, counts or covariates have changed since. "
+            "Resume on the same cells in the same order, or give resume=False to begin anew."
+        )
+        raise ValueError(msg)
+    return replace(start, fits=[found], checkpoint=found.checkpoint)
+
+
+def _plain(value: object) -> Any:
+    """As it comes out of a file: no tuples, no None."""
+    value = encode(value)
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items() if inner is not None}
+    return value
