@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from _common import Data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _THETA = 2.0  # inverse dispersion of every gene: variance is mean + mean^2 / 2, as in droplet data
 _BLOCK = 10_000_000  # entries drawn at a time: 1,000,000 cells fit into memory as CSR, not dense
@@ -22,6 +27,16 @@ def planted(
     not. A batch multiplies every gene by a log-normal factor of its own. The overall level is set such that a share
     ``density`` of the counts is not zero.
     """
+    blocks, obs = planted_blocks(n_cells, n_genes, density, n_types, n_batches, seed)
+    adata = ad.AnnData(sp.vstack(list(blocks), format="csr"), obs=obs)
+    has_counts = np.diff(adata.X.indptr) > 0
+    return Data(f"planted-{n_cells}", adata if has_counts.all() else adata[has_counts].copy(), "batch")
+
+
+def planted_blocks(
+    n_cells: int, n_genes: int = 2000, density: float = 0.08, n_types: int = 12, n_batches: int = 4, seed: int = 0
+) -> tuple[Iterator[sp.csr_matrix], pd.DataFrame]:
+    """The same counts, some thousand cells at a time, and the columns of all cells: more than memory holds."""
     rng = np.random.default_rng(seed)
     log_profile = rng.normal(0, 1.5, n_genes) + np.zeros((n_types, 1))
     families = [_markers(rng, n_genes, 0.05, 2.0, 0.5) for _ in range(-(-n_types // 3))]
@@ -38,15 +53,12 @@ def planted(
     library *= _level(profile[group[:500]], library[:500], density)
 
     rows = max(1, _BLOCK // n_genes)
-    blocks = [
+    blocks = (
         _draw(rng, profile.astype(np.float32), group[start : start + rows], library[start : start + rows])
         for start in range(0, n_cells, rows)
-    ]
-    adata = ad.AnnData(_stack(blocks, n_genes))
-    adata.obs["cell_type"] = pd.Categorical(types.astype(str))
-    adata.obs["batch"] = pd.Categorical(batches.astype(str))
-    has_counts = np.diff(adata.X.indptr) > 0
-    return Data(f"planted-{n_cells}", adata if has_counts.all() else adata[has_counts].copy(), "batch")
+    )
+    columns = {"cell_type": pd.Categorical(types.astype(str)), "batch": pd.Categorical(batches.astype(str))}
+    return blocks, pd.DataFrame(columns, index=np.arange(n_cells).astype(str))
 
 
 def _markers(rng: np.random.Generator, n_genes: int, share: float, mean: float, sd: float) -> np.ndarray:
@@ -77,10 +89,8 @@ def _p_zero(mean: np.ndarray) -> np.ndarray:
     return (1 + mean / _THETA) ** -_THETA
 
 
-def _draw(
-    rng: np.random.Generator, profile: np.ndarray, group: np.ndarray, library: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entries per cell, their genes and their counts, by inversion of the distribution function.
+def _draw(rng: np.random.Generator, profile: np.ndarray, group: np.ndarray, library: np.ndarray) -> sp.csr_matrix:
+    """Counts of some cells, by inversion of the distribution function.
 
     One uniform number per entry decides whether it is zero, as most are; only for the others the sum goes on.
     """
@@ -101,10 +111,5 @@ def _draw(
         k += 1
         go_on = (uniform[left] > cumulative) & (p > 1e-12)
         left, p, cumulative, ratio = left[go_on], p[go_on], cumulative[go_on], ratio[go_on]
-    return np.bincount(cells, minlength=len(group)), genes.astype(np.int32), counts
-
-
-def _stack(blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]], n_genes: int) -> sp.csr_matrix:
-    per_cell, genes, counts = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    indptr = np.concatenate([[0], per_cell.cumsum()])
-    return sp.csr_matrix((counts.astype(np.float32), genes, indptr), (len(per_cell), n_genes))
+    indptr = np.concatenate([[0], np.bincount(cells, minlength=len(group)).cumsum()])
+    return sp.csr_matrix((counts.astype(np.float32), genes.astype(np.int32), indptr), (len(group), profile.shape[1]))

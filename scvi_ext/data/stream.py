@@ -71,6 +71,21 @@ def fits(store: CellStore | JointStore, device: torch.device) -> bool:
     return store.n_bytes < torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE
 
 
+def read_ahead(store: CellStore, wanted: Sequence[np.ndarray], reader: ThreadPoolExecutor) -> Iterator[CellStore]:
+    """The cells at these positions, one array of them after the other, the next of which is read meanwhile."""
+    if not wanted:
+        return
+    ahead = reader.submit(store.take, wanted[0])
+    try:
+        for positions in [*wanted[1:], None]:
+            part = ahead.result()
+            ahead = None if positions is None else reader.submit(store.take, positions)
+            yield part
+    finally:
+        if ahead is not None and not ahead.cancel():
+            ahead.exception()  # the reader is in the middle of it: one thing at a time
+
+
 class Resident:
     """All cells, on the device for the whole run."""
 
@@ -163,18 +178,7 @@ class Streamed:
         return Block(part, self.device, multiply_sparse=self.multiply_sparse)
 
     def _read_ahead(self, wanted: Sequence[np.ndarray]) -> Iterator[CellStore]:
-        """The cells at these positions, one array of them after the other, the next of which is read meanwhile."""
-        if not wanted:
-            return
-        ahead = self.reader.submit(self.store.take, wanted[0])
-        try:
-            for positions in [*wanted[1:], None]:
-                part = ahead.result()
-                ahead = None if positions is None else self.reader.submit(self.store.take, positions)
-                yield part
-        finally:
-            if ahead is not None and not ahead.cancel():
-                ahead.exception()  # the reader is in the middle of it: one thing at a time
+        return read_ahead(self.store, wanted, self.reader)
 
     def close(self) -> None:
         """End the thread that reads."""

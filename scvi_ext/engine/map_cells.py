@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from scvi_ext._errors import whole_number
 from scvi_ext._settings import settings
 from scvi_ext.data.blocks import Block
+from scvi_ext.data.disk import BLOCK_BYTES
+from scvi_ext.data.stream import read_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,9 +87,7 @@ def map_cells(
         whole_number("batch_size", batch_size, 1)
     draws = Draws(seed, device)
     on_its_way = None
-    for first in range(0, store.n_cells, _BLOCK_CELLS):
-        stop = min(first + _BLOCK_CELLS, store.n_cells)
-        block = Block(store, device, first, stop)
+    for first, stop, block in _blocks(store, device):
         for start in range(0, stop - first, batch_size):
             rows = np.arange(start, min(start + batch_size, stop - first))
             outputs = fn(block.minibatch(block.rows(rows)), draws)
@@ -96,6 +97,21 @@ def map_cells(
             on_its_way = copies
     if on_its_way is not None:
         yield on_its_way.arrived()
+
+
+def _blocks(store: CellStore, device: torch.device) -> Iterator[tuple[int, int, Block]]:
+    """Consecutive stretches of the cells, each with its first position and the one after its last."""
+    length = _BLOCK_CELLS
+    if store.on_disk:
+        length = max(1, min(length, int(store.n_cells * BLOCK_BYTES / max(store.n_bytes, 1))))
+    bounds = [(first, min(first + length, store.n_cells)) for first in range(0, store.n_cells, length)]
+    if not store.on_disk:
+        yield from ((first, stop, Block(store, device, first, stop)) for first, stop in bounds)
+        return
+    with ThreadPoolExecutor(1, "scvi_ext-read") as reader:
+        parts = read_ahead(store, [np.arange(*stretch) for stretch in bounds], reader)
+        for (first, stop), part in zip(bounds, parts, strict=True):
+            yield first, stop, Block(part, device)
 
 
 def _suitable_batch_size(device: torch.device, floats_per_cell: int) -> int:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from scvi_ext.data.store import CellStore
     from scvi_ext.tl._pool_proteins import ProteinPool
 
 _LEAST_GENES = 10  # to learn delta from
@@ -233,7 +234,7 @@ def _compare(
     """
     n_cells = np.bincount(sets, minlength=len(comparisons[0].left))  # (S,)
     left, right = (_shares(n_cells, [getattr(c, side) for c in comparisons]) for side in ("left", "right"))
-    of_sets = _of_counts(fitted.store.counts, sets, n_cells)
+    of_sets = _of_counts(fitted.store, sets, n_cells)
     observed = np.stack([np.einsum("cs,isg->cig", shares, of_sets) for shares in (left, right)], 1)  # (C, 2, 3, G)
     n_on_sides = np.array([[n_cells[c.left].sum(), n_cells[c.right].sum()] for c in comparisons])
     pool = Pool(
@@ -388,10 +389,13 @@ def _shares(n_cells: np.ndarray, sides: Sequence[np.ndarray]) -> np.ndarray:
     return weights / weights.sum(1, keepdims=True)
 
 
-def _of_counts(counts: sp.csr_matrix, sets: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
+def _of_counts(store: CellStore, sets: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
     """Mean count, mean count per 10,000 of the cell, and share of cells with a count, of each set, (3, S, G)."""
-    to_10k = 1e4 / np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
-    return sums_by_set(counts, sets, to_10k, len(n_cells)) / n_cells[:, None]
+    sums = np.zeros((3, len(n_cells), store.n_genes))
+    for stretch, counts in store.stretches() if store.on_disk else [(slice(None), store.counts)]:
+        to_10k = 1e4 / np.maximum(np.asarray(counts.sum(1)).ravel(), 1)
+        sums += sums_by_set(counts, sets[stretch], to_10k, len(n_cells))
+    return sums / n_cells[:, None]
 
 
 def _pseudocount(scales: np.ndarray, observed: np.ndarray, n_cells: np.ndarray, options: Options) -> float:
