@@ -193,7 +193,7 @@ def test_far_rows_on_disk_are_read_apart(tmp_path, monkeypatch):
     """Few rows of a large file must not mean reading what lies between them."""
     stored = on_disk("csr", tmp_path)
     read = []
-    original = type(stored).__getitem__
-    monkeypatch.setattr(type(stored), "__getitem__", lambda self, rows: read.append(rows) or original(self, rows))
+    original = matrix_module.read_slice
+    monkeypatch.setattr(matrix_module, "read_slice", lambda *where: read.append(where[1:]) or original(*where))
     assert_counts(read_rows(stored, np.array([290, 3, 5])), COUNTS[[290, 3, 5]])
-    assert read == [slice(3, 6), slice(290, 291)]
+    assert read == [(3, 6), (290, 291)]
