@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -169,16 +170,64 @@ def write_layers(
     NaN.
     """
     _own(adata)
-    whole = rows is None and np.array_equal(columns, np.arange(adata.n_vars))
-    layers = [np.empty(adata.shape, np.float32) if whole else np.full(adata.shape, np.nan, np.float32) for _ in names]
-    for stretch, arrays in blocks:
-        where = (
-            stretch if whole else np.ix_(np.arange(adata.n_obs)[stretch] if rows is None else rows[stretch], columns)
-        )
-        for layer, array in zip(layers, arrays, strict=True):
-            layer[where] = array
-    for name, layer in zip(names, layers, strict=True):
+    if (spools := _spools(adata)) is not None:
+        spools.fill("layers", names, blocks, rows, columns)
+        return
+    for name, layer in zip(names, _filled(adata, blocks, rows, columns, np.float32), strict=True):
         adata.layers[name] = layer
+
+
+def write_obsm_blocks(
+    adata: AnnData,
+    names: Sequence[str],
+    blocks: Iterable[tuple[slice, tuple[np.ndarray, ...]]],
+    rows: np.ndarray | None,
+) -> None:
+    """``obsm[name]``, in the same way, with all columns that come."""
+    _own(adata)
+    if (spools := _spools(adata)) is not None:
+        spools.fill("obsm", names, blocks, rows, None)
+        return
+    for name, values in zip(names, _filled(adata, blocks, rows), strict=True):
+        adata.obsm[name] = values
+
+
+def _spools(adata: AnnData) -> Any:
+    """What takes in read-outs of all cells as they come, where ``adata`` was opened from files; else None."""
+    return getattr(adata, "spools", None)
+
+
+def _filled(
+    adata: AnnData,
+    blocks: Iterable[tuple[slice, tuple[np.ndarray, ...]]],
+    rows: np.ndarray | None,
+    columns: np.ndarray | None = None,
+    dtype: Any = None,
+) -> list[np.ndarray]:
+    """Arrays of all cells, NaN where there is nothing; no ``columns``: those that come."""
+    whole = rows is None and (columns is None or np.array_equal(columns, np.arange(adata.n_vars)))
+    filled: list[np.ndarray] = []
+    for stretch, arrays in blocks:
+        if not filled:
+            widths = [array.shape[1] if columns is None else adata.n_vars for array in arrays]
+            kinds = [array.dtype if dtype is None else dtype for array in arrays]
+            make = np.empty if whole else partial(np.full, fill_value=np.nan)
+            filled = [make((adata.n_obs, n), dtype=kind) for n, kind in zip(widths, kinds, strict=True)]
+        cells = stretch if rows is None else rows[stretch]
+        if columns is not None and not whole:
+            cells = np.ix_(np.arange(adata.n_obs)[stretch] if rows is None else cells, columns)
+        for target, array in zip(filled, arrays, strict=True):
+            target[cells] = array
+    return filled
+
+
+def of_all_genes(values: np.ndarray, columns: np.ndarray, n_vars: int) -> np.ndarray:
+    """``values`` at the positions ``columns`` of as many columns as there are genes, NaN elsewhere."""
+    if np.array_equal(columns, np.arange(n_vars)):
+        return values
+    whole = np.full((*values.shape[:-1], n_vars), np.nan, dtype=values.dtype)
+    whole[..., columns] = values
+    return whole
 
 
 def write_sparse_layer(adata: AnnData, name: str, values: sp.csr_matrix, columns: np.ndarray) -> None:

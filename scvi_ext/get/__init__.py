@@ -1,5 +1,6 @@
 """Read what is inside an AnnData."""
 
+from scvi_ext.files import takes_files
 from scvi_ext.get._annotation_df import annotation_df
 from scvi_ext.get._classification_df import classification_df
 from scvi_ext.get._confusion_df import confusion_df
@@ -35,4 +36,4 @@ __all__ = [
 ]
 
 for _name in __all__:
-    globals()[_name] = takes_mudata(globals()[_name], __name__)
+    globals()[_name] = takes_files(takes_mudata(globals()[_name], __name__), __name__)

@@ -1,5 +1,6 @@
 """Fit a model, and read out what it has learned."""
 
+from scvi_ext.files import takes_files
 from scvi_ext.modalities import takes_mudata
 from scvi_ext.tl._amortization_gap import amortization_gap
 from scvi_ext.tl._classify import classify
@@ -66,4 +67,4 @@ __all__ = [
 ]
 
 for _name in __all__:
-    globals()[_name] = takes_mudata(globals()[_name], __name__)
+    globals()[_name] = takes_files(takes_mudata(globals()[_name], __name__), __name__)

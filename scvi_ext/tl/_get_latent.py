@@ -8,11 +8,13 @@ from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import one_of, whole_number
 from scvi_ext.fitted import Fitted, require
-from scvi_ext.tl._latent import latent_of
+from scvi_ext.tl._iterate import check_iterate
+from scvi_ext.tl._latent import latent_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    import numpy as np
     from anndata import AnnData
 
 
@@ -28,8 +30,9 @@ def get_latent(
     batch_size: int | None = None,
     seed: int | None = None,
     key_added: str | None = None,
+    iterate: bool = False,
     copy: bool = False,
-) -> AnnData | None:
+) -> AnnData | Iterator[tuple[slice, np.ndarray]] | None:
     """Latent representation of each cell, ready for ``sc.pp.neighbors(adata, use_rep="X_scvi")``.
 
     Genes are found by name, so new cells with the same genes in another order work too.
@@ -58,6 +61,8 @@ def get_latent(
         Of the samples.
     key_added
         Slot to write, ``"X_<key>"`` by default.
+    iterate
+        Write nothing, and return the values of one stretch of cells after the other as they are computed.
     copy
         Return a copy instead of changing ``adata``.
 
@@ -72,12 +77,16 @@ def get_latent(
     ``adata.obsm["X_<key>_var"]``
         float32, cells x n_latent; with ``return_dist`` only.
 
+    With ``iterate``: an iterator over pairs of a slice (of all cells, or of ``indices``) and the values of these cells,
+    float32, (cells, n_latent); with ``return_dist`` location and variance, each in an array.
+
     Raises
     ------
     KeyError
         No such fit, or genes of the fit are missing.
     ValueError
-        ``give_mean=False`` together with ``return_dist=True``, or the model has no ``latent="z2"``.
+        ``give_mean=False`` together with ``return_dist=True``, ``iterate`` together with ``key_added`` or ``copy``, or
+        the model has no ``latent="z2"``.
 
     Examples
     --------
@@ -92,6 +101,7 @@ def get_latent(
     if return_dist and not give_mean:
         msg = "give_mean=False asks for a sample and return_dist=True for the distribution: choose one."
         raise ValueError(msg)
+    check_iterate(iterate, copy=copy, key_added=key_added)
     whole_number("mc_samples", mc_samples, 1)
     adata = adata.copy() if copy else adata
     fitted = Fitted.open(adata, key, indices, decodes=False)
@@ -101,7 +111,7 @@ def get_latent(
         require(Capability.Z2, fitted.fit)
     slot = fitted.slot("obsm", fitted.keys.z2 if second else fitted.keys.latent, key_added)
     start = logg.info(f"computing the latent representation of fit {fitted.fit.key!r}")
-    written = latent_of(
+    blocks = latent_blocks(
         fitted,
         second=second,
         give_mean=give_mean,
@@ -110,9 +120,10 @@ def get_latent(
         batch_size=batch_size,
         seed=seed,
     )
-    names = [slot, f"{slot}_var"]
-    for name, values in zip(names, written, strict=False):
-        results.write_obsm(adata, name, values, fitted.rows)
-    listed = ", ".join(repr(name) for name in names[: len(written)])
+    if iterate:
+        return ((cells, arrays if return_dist else arrays[0]) for cells, arrays in blocks)
+    names = [slot, f"{slot}_var"] if return_dist else [slot]
+    results.write_obsm_blocks(adata, names, blocks, fitted.rows)
+    listed = ", ".join(map(repr, names))
     logg.info("    finished", time=start, deep=f"added\n    {listed}, latent representation (adata.obsm)")
     return adata if copy else None

@@ -10,9 +10,10 @@ from scanpy import logging as logg
 from scvi_ext import results
 from scvi_ext._errors import number, one_of, whole_number
 from scvi_ext.fitted import Fitted, in_batch
+from scvi_ext.tl._iterate import check_iterate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any, Literal
 
     from anndata import AnnData
@@ -35,8 +36,9 @@ def get_normalized_expression(
     batch_size: int | None = None,
     seed: int | None = None,
     key_added: str | None = None,
+    iterate: bool = False,
     copy: bool = False,
-) -> AnnData | np.ndarray | None:
+) -> AnnData | np.ndarray | Iterator[tuple[slice, np.ndarray]] | None:
     """Denoised, normalised expression: the decoder's profile of each cell at posterior samples, times a library size.
 
     Output is filled block by block; memory does not grow with ``n_samples``.
@@ -70,6 +72,8 @@ def get_normalized_expression(
         Of the samples.
     key_added
         Slot to write, ``"<key>_normalized"`` by default.
+    iterate
+        Write nothing, and return the values of one stretch of cells after the other as they are computed.
     copy
         Return a copy instead of changing ``adata``.
 
@@ -82,7 +86,10 @@ def get_normalized_expression(
     ``adata.obsm["<key>_normalized"]``
         DataFrame, cells x gene_list; with ``gene_list`` only.
 
-    With ``return_mean=False``: float32 array, samples x cells x genes, and nothing is written.
+    With ``return_mean=False``: float32 array, samples x cells x genes, and nothing is written. With ``iterate``: an
+    iterator over pairs of a slice (of all cells, or of ``indices``) and the values of these cells, (cells, genes) or
+    (samples, cells, genes). Samples have the genes of the fit, or of ``gene_list``; means have those of ``adata``, in
+    its order, or of ``gene_list``.
 
     Raises
     ------
@@ -114,6 +121,7 @@ def get_normalized_expression(
     if not return_mean and (copy or key_added is not None):
         msg = "return_mean=False returns an array and writes nothing: leave out copy and key_added."
         raise ValueError(msg)
+    check_iterate(iterate, copy=copy, key_added=key_added)
     latent_library = isinstance(library_size, str)
     if latent_library:
         one_of("library_size", library_size, ["latent"])
@@ -153,9 +161,14 @@ def get_normalized_expression(
 
     start = logg.info(f"computing normalised expression from fit {fitted.fit.key!r}")
     options = {"batch_size": batch_size, "seed": seed, "floats_per_cell": n_samples * module.n_noise}
+    if not return_mean and iterate:
+        return ((cells, values) for cells, (values,) in fitted.map(samples, **options))
     if not return_mean:
         return np.concatenate([values for _, (values,) in fitted.map(samples, **options)], axis=1)
     blocks = fitted.map(mean, **options)
+    if iterate:
+        n_vars, places = (adata.n_vars, fitted.columns) if genes is None else (len(genes), np.arange(len(genes)))
+        return ((cells, results.of_all_genes(values, places, n_vars)) for cells, (values,) in blocks)
     if genes is None:
         results.write_layers(adata, [slot], blocks, fitted.rows, fitted.columns)
     else:

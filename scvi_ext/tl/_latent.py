@@ -9,12 +9,20 @@ import numpy as np
 from scvi_ext.functional.sampling import sample_normal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from scvi_ext._contract import Minibatch
     from scvi_ext.engine.map_cells import Draws
     from scvi_ext.fitted import Fitted
 
 
-def latent_of(
+def latent_of(fitted: Fitted) -> list[np.ndarray]:
+    """Means of q(z | x), (N, L)."""
+    parts = [values for _, values in latent_blocks(fitted)]
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def latent_blocks(
     fitted: Fitted,
     *,
     second: bool = False,
@@ -23,8 +31,11 @@ def latent_of(
     return_dist: bool = False,
     batch_size: int | None = None,
     seed: int | None = None,
-) -> list[np.ndarray]:
-    """Means, or samples, of q(z | x), each (N, L), and with ``return_dist`` variances; ``second`` is that of z2."""
+) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
+    """Stretches of cells with means, or samples, of q(z | x), and with ``return_dist`` variances, each (b, L).
+
+    ``second``: of z2.
+    """
     module = fitted.module
     logistic = module.latent_distribution == "ln" and not second
     n_draws = mc_samples if logistic and give_mean and not return_dist else 1
@@ -42,5 +53,4 @@ def latent_of(
         return (module.mean_z(qz, noise),)
 
     floats = n_draws * module.n_latent
-    parts = [values for _, values in fitted.map(represent, batch_size=batch_size, seed=seed, floats_per_cell=floats)]
-    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    return fitted.map(represent, batch_size=batch_size, seed=seed, floats_per_cell=floats)
