@@ -108,8 +108,8 @@ class DiskCounts:
     genes: np.ndarray | None  # (G,) which of its columns, in which order; None for all as they stand
     check: Callable[[sp.csr_matrix, np.ndarray], None]  # of rows and their positions: raises unless they are counts
     has_canonical_format: bool = True
-    totals: np.ndarray | None = field(default=None, init=False)  # (n,) what the rows added up to when all were read
-    sizes: np.ndarray | None = field(default=None, init=False)  # (n,) and how many entries they had
+    sizes: np.ndarray | None = field(default=None, init=False)  # (n,) entries that rows had when all were read
+    marks: np.ndarray | None = field(default=None, init=False)  # (n,) and what row_marks said of them
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,20 +134,28 @@ class DiskCounts:
         if self.genes is not None:
             counts = counts[:, self.genes]
             counts.sort_indices()
-        if self.totals is not None:
-            changed = row_totals(counts) != self.totals[positions]
-            changed &= ~np.isnan(self.totals[positions])
+        if self.marks is not None:
+            changed = row_marks(counts) != self.marks[positions]
+            changed &= ~np.isnan(self.marks[positions])
             if changed.any():
                 first, last = int(rows[changed].min()), int(rows[changed].max())
-                reason = f"{changed.sum()} of them do not add up to what they did when they were first read"
+                reason = f"{changed.sum()} of them are not what they were when they were first read"
                 raise unreadable(where(self.matrix, first, last + 1), reason)
         return counts
 
-    def remember(self, totals: np.ndarray, sizes: np.ndarray) -> None:
+    def remember(self, sizes: np.ndarray, marks: np.ndarray) -> None:
         """What was found when all rows were read: from now on, rows that are not the same any more are refused."""
-        self.totals, self.sizes = totals, sizes
+        self.sizes, self.marks = sizes, marks
 
 
 def row_totals(counts: sp.csr_matrix) -> np.ndarray:
     """Float64 sum of each row."""
     return counts @ np.ones(counts.shape[1])
+
+
+def row_marks(counts: sp.csr_matrix) -> np.ndarray:
+    """Float64 sum of each row in which gene i counts i times: it changes with a count, and where one changes its gene.
+
+    A chunk of gene numbers that is gone, which zarr reads as zeros, would leave the plain sum as it was.
+    """
+    return counts @ np.arange(1.0, counts.shape[1] + 1)

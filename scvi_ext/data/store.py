@@ -21,6 +21,7 @@ from scvi_ext.data.disk import (
     chunks_of_block,
     estimated_bytes,
     memory_limit,
+    row_marks,
     row_totals,
 )
 from scvi_ext.data.matrix import check_rows_stored, counts_matrix, on_disk, read_all, read_rows, row_chunks
@@ -449,14 +450,19 @@ class CellStore:
 
     @cached_property
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Float64 sums of the counts per cell and per gene: exact, hence independent of how the matrix is stored."""
-        cells, genes, sizes = np.zeros(self.n_cells), np.zeros(self.n_genes), np.zeros(self.n_cells, np.int32)
+        """Float64 sums of the counts per cell and per gene: independent of how the matrix is stored and read."""
+        cells, genes = np.zeros(self.n_cells), np.zeros(self.n_genes)
+        sizes, marks = np.zeros(self.n_cells, np.int32), np.zeros(self.n_cells)
         for stretch, counts in self.stretches():
             cells[stretch] = row_totals(counts)
-            genes += np.ones(counts.shape[0]) @ counts
+            # Of counts that are no integers sums are rounded: one after the other, wherever a stretch ends.
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.add.at(genes, counts.indices.astype(np.int64), counts.data.astype(np.float64))
             sizes[stretch] = np.diff(counts.indptr)
+            if self.on_disk:
+                marks[stretch] = row_marks(counts)
         if self.on_disk:
-            self.counts.remember(cells, sizes)
+            self.counts.remember(sizes, marks)
         return cells, genes
 
 
