@@ -40,10 +40,10 @@ MAY_IMPORT = {
     "reference": F0 | {"data", "io"},  # a fit, whatever it is handed over as
     "portable": F0 | {"data"},  # a fit in the types that files can hold
     "modalities": F0 | {"data", "results"},  # a MuData as an AnnData, and back
-    "files": F0 | {"data", "results"},  # files as an AnnData, and back
-    **{room: BELOW_F5 | {"results", "fitted", "modalities", "files"} for room in F6 - {"pl"}},
+    "files": F0 | {"data", "engine", "results"},  # files as an AnnData, and back
+    **{room: BELOW_F5 | {"results", "fitted", "modalities", "files", "portable"} for room in F6 - {"pl"}},
     "pp": BELOW_F5 | {"results", "reference", "modalities", "files"},
-    "tl": BELOW_F5 | {"results", "fitted", "reference", "metrics", "modalities", "files"},
+    "tl": BELOW_F5 | {"results", "fitted", "reference", "metrics", "modalities", "files", "portable"},
     "pl": F0 | {"get"},
     "__init__": F0 | F6 | {"models"},
 }

@@ -74,7 +74,8 @@ def _entries(matrix: Any) -> int | None:
         of_parts = [_entries(part.matrix) for part in parts]
         return None if None in of_parts else sum(of_parts)
     matrix = parts[0].matrix
-    return matrix.group["indices"].shape[0] if hasattr(matrix, "group") else getattr(matrix, "nnz", None)
+    group = getattr(matrix, "group", None)
+    return getattr(matrix, "nnz", None) if group is None else group["indices"].shape[0]
 
 
 def chunk_rows(matrix: Any) -> int:

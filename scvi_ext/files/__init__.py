@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from typing import Any
 
     from scvi_ext.data.backed import Source
+    from scvi_ext.engine.processes import Team
     from scvi_ext.files.changes import Change
 
 
-def takes_files(function: Callable, namespace: str) -> Callable:
+def takes_files(function: Callable, namespace: str, *, together: bool = False) -> Callable:
     """The same function of a namespace for an AnnData, and for the path of a file or several of them.
 
-    What it writes goes into the files when it is done, or was interrupted.
+    What it writes goes into the files when it is done, or was interrupted. Of several processes the first writes, and
+    calls the function for all of them unless they do so ``together``.
     """
 
     @wraps(function)
@@ -34,8 +37,9 @@ def takes_files(function: Callable, namespace: str) -> Callable:
         if not _names_files(given):
             return function(*args, **kwargs)
         if args:
-            return _on_files(function, given, args[1:], kwargs)
-        return _on_files(function, given, (), {name: value for name, value in kwargs.items() if name != "adata"})
+            return _on_files(function, given, args[1:], kwargs, together)
+        others = {name: value for name, value in kwargs.items() if name != "adata"}
+        return _on_files(function, given, (), others, together)
 
     call.__module__ = namespace  # where it is found, by users and by pickle
     return call
@@ -57,29 +61,49 @@ def _names_files(given: Any) -> bool:
     return all(found)
 
 
-def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any], together: bool) -> Any:
     if kwargs.get("copy"):
         msg = "copy=True has no effect on files: leave it out, or read them, scvi_ext.io.read_backed(...)."
         raise ValueError(msg)
     writes = _writes(function, kwargs)
     parts = given if isinstance(given, Mapping) else {"": given}
-    for paths in parts.values() if writes else ():
+    team = _team() if writes else None
+    first = team is None or team.is_first
+    for paths in parts.values() if writes and first else ():
         if _names_files(paths):
             for path in [paths] if is_path(paths) else paths:
                 check_writable(path)
+    if team is not None:
+        team.wait()  # nobody opens a file that another is about to write to
+        if not (first or together):
+            return team.wait()
     opened: dict[str, Any] = {}
     try:
         for name, paths in parts.items():
             opened[name] = open_backed(paths) if _names_files(paths) else paths
         files = [adata for name, adata in opened.items() if _names_files(parts[name])]
-        result = _call(function, opened if isinstance(given, Mapping) else opened[""], files, args, kwargs, writes)
+        adata = opened if isinstance(given, Mapping) else opened[""]
+        result = _call(function, adata, files, args, kwargs, writes) if first else function(adata, *args, **kwargs)
     except BaseException:
         _close(opened.values())
         raise
     if isinstance(result, Iterator):
         return _then_close(result, opened)
     _close(opened.values())
+    if team is not None:
+        team.wait()
     return result
+
+
+def _team() -> Team | None:
+    """The processes that ``torchrun`` has started; None where this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from scvi_ext.engine.device import resolve_device
+    from scvi_ext.engine.processes import device_of_rank, join
+
+    team = join(device_of_rank(resolve_device()))
+    return team if team.n > 1 else None
 
 
 def _writes(function: Callable, kwargs: Mapping) -> bool:

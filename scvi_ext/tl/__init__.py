@@ -67,4 +67,4 @@ __all__ = [
 ]
 
 for _name in __all__:
-    globals()[_name] = takes_files(takes_mudata(globals()[_name], __name__), __name__)
+    globals()[_name] = takes_files(takes_mudata(globals()[_name], __name__), __name__, together=_name == "fit")

@@ -114,12 +114,14 @@ def checkpoint_file(
     return CheckpointFile(checkpoint)
 
 
-def interrupted_fit(adata: AnnData, key: str) -> SavedFit | None:
-    """The fit of this name, if it was interrupted and can go on."""
+def fit_inside(adata: AnnData, start: Prepared) -> SavedFit | None:
+    """The fit of this name that was interrupted and can go on, or was finished just as it is wanted now."""
+    key = start.fits[0].key
     if key not in read_root(adata).get(UNS.fits, {}):
         return None
     fitted = read_fit(adata, key)
-    return fitted if fitted.checkpoint is not None and not is_finished(fitted) else None
+    usable = not _differences(start, fitted) if is_finished(fitted) else fitted.checkpoint is not None
+    return fitted if usable else None
 
 
 def is_finished(fitted: SavedFit) -> bool:
@@ -129,22 +131,26 @@ def is_finished(fitted: SavedFit) -> bool:
 
 def go_on(start: Prepared, found: SavedFit) -> Prepared:
     """``start``, from where the fit ``found`` stands; a ValueError unless it is the same fit of the same cells."""
+    differences = _differences(start, found)
+    if differences:
+        msg = (
+            f"The fit {found.key!r} to go on with {differences}. Go on with the same ones, or give resume=False to "
+            "begin anew."
+        )
+        raise ValueError(msg)
+    return replace(start, fits=[found], checkpoint=found.checkpoint)
+
+
+def _differences(start: Prepared, found: SavedFit) -> str:
+    """In what another fit is not the one that is wanted; empty if it is."""
     new = start.fits[0]
     one, other = ({**_plain(fitted.config), **_plain(fitted.run)} for fitted in (found, new))
     options = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
     if options or found.model != new.model or _plain(found.frozen) != _plain(new.frozen):
-        msg = (
-            f"The fit {found.key!r} to go on with was given other options ({listing(options or ['model'])}): give the "
-            "same ones, or resume=False to begin anew."
-        )
-        raise ValueError(msg)
+        return f"was given other options: {listing(options or ['model'])}"
     if list(found.var_names) != list(new.var_names) or found.status["data"] != start.store.fingerprint():
-        msg = (
-            f"The fit {found.key!r} to go on with is of other data: cells, counts or covariates have changed since. "
-            "Resume on the same cells in the same order, or give resume=False to begin anew."
-        )
-        raise ValueError(msg)
-    return replace(start, fits=[found], checkpoint=found.checkpoint)
+        return "is of other data: cells, counts or covariates have changed since, or their order has"
+    return ""
 
 
 def _plain(value: object) -> Any:
