@@ -56,3 +56,8 @@ MODULE_WITH_KERNEL = {"rtol": 2e-5, "atol": 1e-5}
 
 # Held-out ELBO after three epochs: the first roundings differ, and 12 steps of Adam carry them on.
 FIT_WITH_KERNEL = {"rtol": 1e-3}
+
+# ---- engine --------------------------------------------------------------------------------------------------------
+
+# Weights and history after some 30 steps of Adam in which gradients were summed up in another order.
+FIT_OF_SEVERAL_PROCESSES = {"rtol": 1e-3, "atol": 1e-4}

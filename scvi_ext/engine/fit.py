@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -158,13 +159,17 @@ def fit(
     try:
         with arithmetic(device, precision), training_as(team.ranks):
             step.begin_epoch(_schedule(plan, 0, 1.0), 0)
-            step.lay_out(source.first_piece(team.own(epochs.rows(train, 0))))
+            step.lay_out(_agreed(team, lambda: source.first_piece(team.own(epochs.rows(train, 0)))))
             run, how, seconds_per_step = make_runner(step)
             # A held-out cell costs about a third of a trained one: forward without backward.
             steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * math.prod(shape)))
             announce(seconds_per_step * steps, ", ".join(filter(None, (how, source.block.note))))
             loop = _Loop(step, source, run, plan, epochs, progress, patience, after_epoch, keep)
             loop.train(train, validation, show_progress)
+    except RuntimeError as error:  # before the first step: what there is to keep is what the run began with
+        if team.n == 1 or not lost(error):
+            raise
+        raise _lost(team, error) from error
     finally:
         source.close()
     progress.stop_reason = progress.stop_reason or "finished"
@@ -256,7 +261,10 @@ class _Loop:
                     progress.stop_reason = "interrupted"
                 if self.keep is not None:
                     self.keep(progress, lambda: make_checkpoint(module, step.optimizer, device, progress))
-            progress.ctrl_c, progress.terminated = interrupt.requested, interrupt.terminated
+            # Whoever of several processes was asked: the others stop for the same reason.
+            stopped = progress.stop_reason == "interrupted" and progress.failure is None
+            progress.ctrl_c = interrupt.requested or stopped
+            progress.terminated = team.any(interrupt.terminated) if stopped else interrupt.terminated
 
     def _steps(self, rows: np.ndarray, begin: int, interrupt: Interrupt, bar: tqdm) -> None:
         """The steps of an epoch that are left, until somebody asks to stop; ``begin``: the first of all."""
@@ -315,9 +323,10 @@ def _agreed(team: Team, read: Callable[[], Any]) -> Any:
 
 
 def _lost(team: Team, error: RuntimeError) -> LostProcessError:
+    # "[where in the library] Connection closed by peer [1.2.3.4]:5. What one may do about it." of gloo
+    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0].rstrip(".")
     return LostProcessError(
-        f"Another of the {team.n} processes of this run has ended, so that the others cannot go on "
-        f"({first_line(error)})."
+        f"Another of the {team.n} processes of this run has ended, so that the others cannot go on ({reason})."
     )
 
 

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from scvi_ext import models
 from scvi_ext._errors import one_of
 from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.device import resolve_device
+from scvi_ext.engine.interrupt import Interrupt, deferred_interrupt
 from scvi_ext.engine.processes import device_of_rank, join
 from scvi_ext.tl._checkpoint import checkpoint_file, go_on, interrupted_fit, is_finished
 from scvi_ext.tl._fit_into import fit_into, take_over
@@ -189,14 +191,20 @@ def fit(
                     return take_over(adata, found, file, copy=copy)
         check_team(team, start)
         bar = progress if team.is_first else False
-        done = fit_into(adata, start, target, keep_checkpoint=checkpoint is True, file=file, team=team, progress=bar)
+        # Of several processes, what ends all of them waits until what was trained is written: it comes with the loss of
+        # one of them.
+        with deferred_interrupt(_SIGNALS, patient=True) if team.n > 1 else nullcontext(Interrupt()) as late:
+            done = fit_into(
+                adata, start, target, keep_checkpoint=checkpoint is True, file=file, team=team, progress=bar
+            )
     if done.failure is not None:
         raise done.failure
-    if done.terminated:
+    if done.terminated or late.terminated:
         raise SystemExit(128 + signal.SIGTERM)
-    if done.ctrl_c and not copy:
+    if (done.ctrl_c or late.requested) and not copy:
         raise KeyboardInterrupt
     return adata if copy else None
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OF_RUN = OPTIONS.keys() - {"key_added", "device", "checkpoint"}  # what a run that goes on has been given already

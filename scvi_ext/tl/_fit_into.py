@@ -14,7 +14,7 @@ from scvi_ext._errors import listing, warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.data.stream import placement
-from scvi_ext.engine.processes import ALONE
+from scvi_ext.engine.processes import ALONE, LostProcessError
 from scvi_ext.functional import fused
 from scvi_ext.tl._train import train
 
@@ -64,6 +64,8 @@ def fit_into(
         results.write_fit(part, fitted)
     if file is not None and team.is_first and done.stop_reason != "interrupted":
         file.remove()
+    if file is not None and not isinstance(done.failure, LostProcessError):
+        team.wait()  # a process that goes ahead would find the file as it was before
     _report(done, fits[0], start.store, file)
     where = f" of each of the data sets {listing(start.store.names)}" if several else ""
     logg.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from contextlib import contextmanager
 from hashlib import sha256
@@ -43,7 +44,7 @@ def check_team(team: Team, start: Prepared) -> None:
     digest = sha256(json.dumps(encode(about), sort_keys=True).encode() + start.store.fingerprint().encode())
     team.check_alike(digest.hexdigest())
     if batch_size % team.n:
-        most = max(1, batch_size // team.n) * team.n
+        most = max(batch_size // team.n, math.ceil(3 / team.n)) * team.n  # three cells or more, see make_plan
         msg = (
             f"{batch_size} cells of a step cannot be shared equally by {team.n} processes: give batch_size={most}, or "
             "another multiple."

@@ -40,6 +40,24 @@ def test_the_handler_is_restored_after_an_error():
         raise ZeroDivisionError
 
 
+def test_patience_hears_of_every_signal_and_is_interrupted_by_none():
+    with deferred_interrupt(patient=True) as outer:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert outer.requested
+
+
+def test_patience_within_patience_is_that_of_outside():
+    with deferred_interrupt(patient=True) as outer:
+        with deferred_interrupt(patient=True) as inner:
+            signal.raise_signal(signal.SIGINT)
+            assert inner.requested
+        assert outer is inner
+        signal.raise_signal(signal.SIGINT)  # which outside goes on to hear of
+    with deferred_interrupt() as outer, deferred_interrupt(patient=True) as inner:
+        assert outer is not inner
+
+
 def test_other_threads_are_left_alone():
     seen = []
 
