@@ -51,7 +51,8 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: what is built in, as if half of it were free
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 * 10**9
+        ask = getattr(os, "sysconf", None)  # Windows has none
+        free = 4 * 10**9 if ask is None else ask("SC_PAGE_SIZE") * ask("SC_PHYS_PAGES") // 2
     for limit, used in _CONTROL_GROUPS:
         try:
             free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))

@@ -53,8 +53,8 @@ def placement(store: CellStore | JointStore, device: torch.device) -> str:
     """Where the counts of a run are, and why, in words."""
     if isinstance(store, JointStore):
         return f"counts on {device}"
-    size = f"counts ({store.n_bytes / 1e9:.2g} GB)"
-    allowed = f"the {memory_limit() / 1e9:.2g} GB of memory that they may take (settings.memory_limit)"
+    size = f"counts ({_in_words(store.n_bytes)})"
+    allowed = f"the {_in_words(memory_limit())} of memory that they may take (settings.memory_limit)"
     if store.on_disk:
         return f"{size} stay on disk and are read in blocks: more than {allowed}"
     if not fits(store, device):
@@ -62,6 +62,10 @@ def placement(store: CellStore | JointStore, device: torch.device) -> str:
     if device.type != "cpu":
         return f"{size} on {device}, which holds all of them"
     return f"{size} in host memory" + ("" if store.chunk is None else f", read from disk: within {allowed}")
+
+
+def _in_words(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2g} MB"
 
 
 def fits(store: CellStore | JointStore, device: torch.device) -> bool:

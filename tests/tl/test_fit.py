@@ -261,7 +261,8 @@ def test_the_plan_and_the_slot_are_logged(registered, logged):
     log = logged()
     assert "fitting scvi on 181 cells x 60 genes, 20 held out" in log
     assert "2 epochs of 2 steps of 128 cells" in log
-    assert "final KL weight 1\n    about 1 s on cpu, fused kernel of zinb" in log
+    plan = r"final KL weight 1\n    counts \(0\.\d+ MB\) in host memory\n    about 1 s on cpu, fused kernel of zinb"
+    assert re.search(plan, log)
     assert "finished after 2 epochs" in log
     assert "added\n    'scvi', the fitted model (adata.uns['scvi_ext']['fits'])" in log
 
@@ -560,7 +561,7 @@ def test_a_plan_of_one_step_ends_at_weight_one(registered):
     assert registered.uns["scvi_ext"]["fits"]["scvi"]["status"]["kl_weight_final"] == 1
 
 
-@pytest.mark.parametrize("adata", ["x.h5ad", None], ids=str)
+@pytest.mark.parametrize("adata", [5, None], ids=str)
 def test_something_else_than_an_anndata_is_refused(adata):
     for function in (sx.tl.fit, sx.tl.get_latent, sx.get.fits):
         with pytest.raises(TypeError, match="an AnnData is needed"):
