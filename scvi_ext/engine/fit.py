@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,8 +242,12 @@ class _Loop:
                 asked = row.pop() > 0
                 seconds = time.perf_counter() - started
                 if not np.isfinite(row).all() or row[-1] < team.n:
-                    with training_as(Ranks()):
-                        _roll_back(self, snapshot, (train, validation), epoch, origin)
+                    try:
+                        with training_as(Ranks()):
+                            _agreed(team, partial(_roll_back, self, snapshot, (train, validation), epoch, origin))
+                    except UnreadableRowsError as error:  # where the guard looked
+                        snapshot.restore()
+                        progress.failure, progress.stop_reason = error, "interrupted"
                     progress.step = bar.n = start
                     step.sums.copy_(sums_before)
                     train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))

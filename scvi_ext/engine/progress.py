@@ -73,9 +73,11 @@ def load_checkpoint(
     load_optimizer(module, optimizer, checkpoint)
     load_generators(device, checkpoint)
     plain = json.loads(str(checkpoint["progress"][0]))
+    # What held-out cells have said they would say again, after one epoch too many; all else may be tried again.
+    ended = plain["stop_reason"] if plain["stop_reason"] == "early stopping" else ""
     plain["events"] = [
         NonFiniteEvent(**{k: tuple(v) if k != "epoch" else v for k, v in e.items()}) for e in plain["events"]
     ]
     return Progress(
-        **plain | {"best_state": arrays("best.") or None, "stop_reason": "", "ctrl_c": False, "terminated": False}
+        **plain | {"best_state": arrays("best.") or None, "stop_reason": ended, "ctrl_c": False, "terminated": False}
     )

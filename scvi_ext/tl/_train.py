@@ -13,6 +13,7 @@ import pandas as pd
 
 from scvi_ext import models
 from scvi_ext._contract import Capability
+from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.data.sampler import Blocks, split_cells
 from scvi_ext.data.stream import order_of
 from scvi_ext.engine import fit as engine
@@ -174,8 +175,13 @@ def train(
             after_epoch=after_epoch,
             keep=keep if file is not None and team.is_first else None,
         )
+    calibration = {}
+    if done.failure is None:
+        try:
+            calibration = _calibration(done, start, validation)
+        except UnreadableRowsError as error:  # what was trained is not lost for that: it goes on with this
+            done.failure, done.stop_reason = error, "interrupted"
     interrupted = done.stop_reason == "interrupted"
-    calibration = {} if done.failure is not None else _calibration(done, start, validation)
     fits = _learned(start, done, module_arrays(module), device, state_of_run, calibration)
     # Of processes that have lost one of them, any may be the last to know: what they write is the same.
     if file is not None and (team.is_first or done.failure is not None):
