@@ -69,7 +69,7 @@ class CheckpointFile:
             beside.replace(self.path)
         finally:
             beside.unlink(missing_ok=True)
-        self.written = time.monotonic()
+            self.written = time.monotonic()
 
     def read(self) -> SavedFit | None:
         """The fit; None where there is no file."""
@@ -131,6 +131,12 @@ def is_finished(fitted: SavedFit) -> bool:
 
 def go_on(start: Prepared, found: SavedFit) -> Prepared:
     """``start``, from where the fit ``found`` stands; a ValueError unless it is the same fit of the same cells."""
+    if found.key != start.fits[0].key:
+        msg = (
+            f"The checkpoint is of the fit {found.key!r}, not {start.fits[0].key!r}: go on with it under that name, "
+            "key_added=..., or give resume=False to begin anew."
+        )
+        raise ValueError(msg)
     differences = _differences(start, found)
     if differences:
         msg = (

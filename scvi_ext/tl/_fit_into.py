@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scvi_ext._contract import SavedFit
-    from scvi_ext.data.joint import JointStore
-    from scvi_ext.data.store import CellStore
     from scvi_ext.engine.processes import Team
     from scvi_ext.engine.progress import Progress
     from scvi_ext.tl._checkpoint import CheckpointFile
@@ -66,7 +64,7 @@ def fit_into(
         file.remove()
     if file is not None and not isinstance(done.failure, LostProcessError):
         team.wait()  # a process that goes ahead would find the file as it was before
-    _report(done, fits[0], start.store, file)
+    _report(done, fits[0], start, file)
     where = f" of each of the data sets {listing(start.store.names)}" if several else ""
     logg.info(
         f"    {done.stop_reason} after {len(done.history)} epochs",
@@ -130,12 +128,14 @@ def _is_finished(adata: AnnData, key: str) -> bool:
     return key in fits and read_fit(adata, key).status.get("stop_reason") != "interrupted"
 
 
-def _report(done: Progress, fitted: SavedFit, store: CellStore | JointStore, file: CheckpointFile | None) -> None:
+def _report(done: Progress, fitted: SavedFit, start: Prepared, file: CheckpointFile | None) -> None:
     """Say aloud what a user must know about the run."""
+    store = start.store
     if done.stop_reason == "interrupted":
         kept = f"{fitted.key!r}" if file is None else f"{fitted.key!r} and in {str(file.path)!r}"
         in_file = "" if file is None or not file.asked else f", checkpoint={str(file.path)!r}"
-        advice = f"Go on with tl.fit(adata, {fitted.model!r}, key_added={fitted.key!r}{in_file}, resume=True)."
+        key = start.fits[0].key if in_file else fitted.key  # a file has it under the name that was asked for
+        advice = f"Go on with tl.fit(adata, {fitted.model!r}, key_added={key!r}{in_file}, resume=True)."
         logg.warning(f"interrupted at step {done.step}; what was trained is kept as {kept}. {advice}")
         if done.failure is not None:
             done.failure.add_note(f"What was trained until step {done.step} is kept as {kept}. {advice}")

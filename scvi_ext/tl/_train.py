@@ -13,6 +13,7 @@ import pandas as pd
 
 from scvi_ext import models
 from scvi_ext._contract import Capability
+from scvi_ext._errors import first_line, warn
 from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.data.sampler import Blocks, split_cells
 from scvi_ext.data.stream import order_of
@@ -152,7 +153,7 @@ def train(
     def keep(progress: Progress, make_checkpoint: Callable[[], dict[str, np.ndarray]]) -> None:
         if file.due:
             unfinished = replace(progress, stop_reason="interrupted")
-            file.write(_learned(start, unfinished, module_arrays(module), device, make_checkpoint())[0])
+            _write(file, _learned(start, unfinished, module_arrays(module), device, make_checkpoint())[0])
 
     with seeded(run["seed"] + 1, device):  # initial weights took run["seed"]
         done, state_of_run = engine.fit(
@@ -185,9 +186,20 @@ def train(
     fits = _learned(start, done, module_arrays(module), device, state_of_run, calibration)
     # Of processes that have lost one of them, any may be the last to know: what they write is the same.
     if file is not None and (team.is_first or done.failure is not None):
-        file.write(fits[0])
+        _write(file, fits[0])
     keeps = keep_checkpoint or run["checkpoint"] or interrupted
     return done, fits if keeps else [replace(fitted, checkpoint=None) for fitted in fits]
+
+
+def _write(file: CheckpointFile, fitted: SavedFit) -> None:
+    """Keep a run in its file; where that fails, it is in memory all the same, and goes on."""
+    try:
+        file.write(fitted)
+    except OSError as error:
+        warn(
+            f"checkpoint={str(file.path)!r} could not be written ({first_line(error)}): the run goes on, and step "
+            f"{fitted.status['steps']} of it is in memory only. Make room, or see to the folder."
+        )
 
 
 def _learned(
