@@ -208,12 +208,12 @@ def test_the_answers_of_the_faq(run):
 
 
 def test_the_examples_of_the_readme(run, tmp_path):
-    of_genes, of_proteins, of_zeros, of_datasets = run("README.md")
+    of_genes, of_proteins, of_zeros, of_datasets, of_files = run("README.md")
 
     adata = of_genes["adata"]
     assert {"X_scvi", "X_umap"} <= set(adata.obsm)
     assert adata.obs["leiden"].nunique() > 2
-    (written,) = tmp_path.glob("*.h5ad")
+    (written,) = set(tmp_path.glob("*.h5ad")) - {tmp_path / "cells.h5ad"}
     again = ad.read_h5ad(written)
     sx.tl.get_latent(again, key="scvi", key_added="again")  # labels that came later do not concern it
     np.testing.assert_array_equal(again.obsm["again"], adata.obsm["X_scvi"])
@@ -235,6 +235,10 @@ def test_the_examples_of_the_readme(run, tmp_path):
     assert list(imputed) == list(rna.var_names[100:])
     measured = sc.pp.normalize_total(rna, target_sum=1e4, copy=True)[:, 100:].X.toarray()
     assert np.corrcoef(np.log1p(imputed).mean(), np.log1p(measured).mean(0))[0, 1] > 0.9
+
+    cells, inside = of_files["cells"], ad.read_h5ad(tmp_path / "cells.h5ad")
+    assert "X_scvi" not in cells.obsm
+    assert inside.obsm["X_scvi"].shape == (cells.n_obs, 10)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
@@ -325,7 +329,14 @@ def check_cd(folder: str) -> None:
     assert folder.startswith("path/to/") or (ROOT / folder).is_dir(), f"no such folder: {folder}"
 
 
+def check_torchrun(option: str, n: str, script: str) -> None:
+    assert option == "--nproc-per-node"
+    assert int(n) > 1
+    assert script == "train.py"  # of the user
+
+
 CHECKS = {
+    "torchrun": check_torchrun,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,

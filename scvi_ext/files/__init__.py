@@ -76,6 +76,7 @@ def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any
     if team is not None:
         team.wait()  # nobody opens a file that another is about to write to
         if not (first or together):
+            team.wait()
             return team.wait()
     opened: dict[str, Any] = {}
     try:
@@ -83,7 +84,10 @@ def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any
             opened[name] = open_backed(paths) if _names_files(paths) else paths
         files = [adata for name, adata in opened.items() if _names_files(parts[name])]
         adata = opened if isinstance(given, Mapping) else opened[""]
-        result = _call(function, adata, files, args, kwargs, writes) if first else function(adata, *args, **kwargs)
+        if first:
+            result = _call(function, adata, files, args, kwargs, writes, team)
+        else:
+            result = function(adata, *args, **kwargs)
     except BaseException:
         _close(opened.values())
         raise
@@ -91,6 +95,8 @@ def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any
         return _then_close(result, opened)
     _close(opened.values())
     if team is not None:
+        if not first:
+            team.wait()  # all have closed what the first is about to write to
         team.wait()
     return result
 
@@ -119,7 +125,15 @@ def _writes(function: Callable, kwargs: Mapping) -> bool:
     return bool(kwargs.get("return_mean", True)) != of_cells
 
 
-def _call(function: Callable, adata: Any, files: Sequence[Backed], args: tuple, kwargs: Mapping, writes: bool) -> Any:
+def _call(
+    function: Callable,
+    adata: Any,
+    files: Sequence[Backed],
+    args: tuple,
+    kwargs: Mapping,
+    writes: bool,
+    team: Team | None,
+) -> Any:
     if not writes:
         returns = str(inspect.signature(function).return_annotation)
         if returns == "AnnData":  # one of its own
@@ -129,7 +143,10 @@ def _call(function: Callable, adata: Any, files: Sequence[Backed], args: tuple, 
     for one in files:
         one.spools = Spools(one.n_obs, one.n_vars, one.sources)
     try:
-        return function(adata, *args, **kwargs)
+        result = function(adata, *args, **kwargs)
+        if team is not None:
+            team.wait()
+        return result
     finally:  # a fit that Ctrl-C ends is written all the same
         try:
             for snapshot in snapshots:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _NEW = "raw.scvi_ext_new"
 _OLD = "raw.scvi_ext_old"
 _AT_ONCE = 2**22  # bytes: 4 MB
+_PATIENCE = 10.0  # seconds: other processes of a run close the file when they have finished, too
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -166,9 +168,22 @@ class _File(ABC):
         """Have everything in the file."""
 
 
+def _opened(path: Path) -> h5py.File:
+    """An h5ad file to write into: one that another process of the run is about to close is waited for."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    give_up = time.monotonic() + (0 if alone else _PATIENCE)
+    while True:
+        try:
+            return h5py.File(path, "r+")
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
+
+
 class _Hdf5(_File):
     def __init__(self, path: Path):
-        self.store = h5py.File(path, "r+")
+        self.store = _opened(path)
 
     def __enter__(self) -> _Hdf5:
         return self

@@ -11,7 +11,7 @@ from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.device import resolve_device
 from scvi_ext.engine.interrupt import Interrupt, deferred_interrupt
 from scvi_ext.engine.processes import device_of_rank, join
-from scvi_ext.tl._checkpoint import checkpoint_file, go_on, interrupted_fit, is_finished
+from scvi_ext.tl._checkpoint import checkpoint_file, fit_inside, go_on, is_finished
 from scvi_ext.tl._fit_into import fit_into, take_over
 from scvi_ext.tl._prepare_fit import reopen
 from scvi_ext.tl._prepare_joint import check_datasets, reopen_joint
@@ -19,6 +19,7 @@ from scvi_ext.tl._team import check_team, quiet_unless_first
 from scvi_ext.tl._train import OPTIONS, Prepared, prepare_new
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
     from typing import Any, Literal
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def fit(
-    adata: AnnData | Mapping[str, AnnData],
+    adata: AnnData | str | PathLike | Sequence[str | PathLike] | Mapping[str, AnnData],
     model: str = "scvi",
     *,
     key_added: str | None = None,
@@ -60,8 +61,8 @@ def fit(
     Parameters
     ----------
     adata
-        Annotated data, set up: in memory, backed, or the path of an h5ad or zarr file or a list of such, into which the
-        fit is written. Counts of files that take more than ``settings.memory_limit`` stay on disk, see
+        Annotated data, set up: in memory, backed, or the path of an h5ad file or zarr folder, or several, into each of
+        which the fit is written. Counts of files that take more than ``settings.memory_limit`` stay on disk, see
         :doc:`/user_guide/large_data`. For a model of several data sets a mapping from their names to them: genes are
         matched by name, and each need not have those of the others. The fit is kept in each of them, with what is its
         own.
@@ -170,6 +171,9 @@ def fit(
         check_in_memory(part, copy=copy)
     if copy:
         adata = {name: part.copy() for name, part in adata.items()} if several else adata.copy()
+    if several and resume == "auto":
+        msg = "resume='auto' is for one data set: give True to go on with a fit to several, or False to begin one."
+        raise ValueError(msg)
     target = device_of_rank(resolve_device(device))
     team = join(target)
     file = checkpoint_file(checkpoint, model if key_added is None else key_added, team, several=several)
@@ -184,11 +188,11 @@ def fit(
             )
         else:
             start = prepare_new(adata, model, options, model_params, device=target)
-            found = interrupted_fit(adata, start.fits[0].key) if kept is None and resume else kept
+            found = fit_inside(adata, start) if kept is None and resume else kept
             if found is not None:
                 start = go_on(start, found)
                 if is_finished(found):
-                    return take_over(adata, found, file, copy=copy)
+                    return take_over(adata, found, None if kept is None else file, copy=copy)
         check_team(team, start)
         bar = progress if team.is_first else False
         # Of several processes, what ends all of them waits until what was trained is written: it comes with the loss of

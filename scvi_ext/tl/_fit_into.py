@@ -75,8 +75,9 @@ def fit_into(
 
 
 def take_over(adata: AnnData, found: SavedFit, file: CheckpointFile | None, *, copy: bool) -> AnnData | None:
-    """A fit that was finished before its process came to an end."""
-    results.write_fit(adata, found if found.run["checkpoint"] else replace(found, checkpoint=None))
+    """A fit that was finished already: in ``adata`` itself, or in the file that another process has left."""
+    if file is not None:
+        results.write_fit(adata, found if found.run["checkpoint"] else replace(found, checkpoint=None))
     logg.info(f"fit {found.key!r} was finished already" + ("" if file is None else f": taken from {str(file.path)!r}"))
     return adata if copy else None
 
