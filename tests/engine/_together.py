@@ -301,19 +301,18 @@ def under_way(folder: Path, rank: int, plan: str, resume: str) -> dict[str, Any]
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     step, what, whom = json.loads(plan)[attempt] or (None, None, None)
     adata = cells("memory", folder)
+    noticed, note = os.pipe2(os.O_NONBLOCK)
+    signal.set_wakeup_fd(note)
 
     def happens(loss: Any) -> Any:
         if what == "SIGKILL" and rank == whom:
             os.kill(os.getpid(), signal.SIGKILL)
         if what in ("SIGTERM", "SIGINT"):
-            noticed, note = os.pipe2(os.O_NONBLOCK)
-            signal.set_wakeup_fd(note)
             if rank == 0 and what == "SIGTERM":  # as Slurm sends it to what it has started
                 os.kill(os.getppid(), signal.SIGTERM)
             if rank == 0 and what == "SIGINT":  # as a terminal sends it
                 os.killpg(os.getpgid(os.getppid()), signal.SIGINT)
-            select.select([noticed], [], [], 60)
-            signal.set_wakeup_fd(-1)
+            select.select([noticed], [], [], 60)  # which may have come before
         return loss
 
     options = CASES["scvi"].options if resume == "auto" else {"device": "cpu"}
