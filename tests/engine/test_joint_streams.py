@@ -11,10 +11,10 @@ import torch
 import scvi_ext as sx
 from scvi_ext._contract import ELBO, Stream
 from scvi_ext.data.joint import JointStore
-from scvi_ext.data.stream import Resident
 from scvi_ext.data.registry import Registry
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.store import CellStore
+from scvi_ext.data.stream import Resident
 from scvi_ext.engine.fit import Epochs
 from scvi_ext.engine.guard import find_culprits
 from scvi_ext.engine.plan import make_plan
