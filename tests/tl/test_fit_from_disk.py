@@ -20,7 +20,7 @@ from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.stream import Resident, Streamed
 from scvi_ext.engine import fit as engine
-from scvi_ext.engine.checkpoint import module_arrays
+from scvi_ext.engine.checkpoint import load_module, module_arrays
 from scvi_ext.models.scvi import VAE
 from scvi_ext.tl import _train
 
@@ -422,10 +422,11 @@ def test_damage_while_the_guard_looks_for_the_culprit(h5ad, monkeypatch):
 
     guarded, before = engine.find_culprits, {}
 
-    def damaged(step, *arguments):
+    def damaged(step, source, cells, epoch, origin):
         change_values(h5ad)
         before.update(module_arrays(step.module))
-        return guarded(step, *arguments)
+        load_module(step.module, origin)  # as it is where the guard looks a second time
+        return guarded(step, source, cells, epoch, origin)
 
     monkeypatch.setattr(VAE, "loss", loss)
     monkeypatch.setattr(engine, "find_culprits", damaged)
@@ -444,11 +445,13 @@ def test_damage_while_the_guard_looks_for_the_culprit(h5ad, monkeypatch):
     pd.testing.assert_frame_equal(sx.get.history(adata)[:1], first)
 
 
-@pytest.mark.parametrize("early_stopping", [False, 1])
-def test_damage_after_the_last_step_keeps_what_was_trained(h5ad, monkeypatch, early_stopping):
+@pytest.mark.parametrize("early", [{}, {"early_stopping": 1, "lr": 0.3, "max_epochs": 12}], ids=["to the end", "early"])
+def test_damage_after_the_last_step_keeps_what_was_trained(h5ad, monkeypatch, early):
     """Held-out labels calibrate a classifier when all is trained: what was trained must not be lost for that."""
-    options = RUN | {"early_stopping": early_stopping}
+    options = RUN | early
     expected = fit(h5ad, DISK, "scanvi", **options)
+    reason = sx.get.fits(expected).loc["scanvi", "stop_reason"]
+    assert reason == ("early stopping" if early else "finished")
     adata = opened(h5ad, DISK, "scanvi")
     plain = _train.map_cells
 
