@@ -140,7 +140,8 @@ class Streamed:
         self.multiply_sparse = few_entries(store.counts)
         self.room = None if device.type == "cpu" else _room(store, self.n_cells)
         self.reader = ThreadPoolExecutor(1, "scvi_ext-read")
-        self.block = Block(store.take(np.arange(0)), device, room=self.room, multiply_sparse=self.multiply_sparse)
+        some = store.take(np.arange(0 if self.room is None else min(3, self.n_cells)))  # a kernel is tried on them
+        self.block = Block(some, device, room=self.room, multiply_sparse=self.multiply_sparse)
         self.kept: tuple[np.ndarray, Block] | None = None
 
     def pieces(self, rows: np.ndarray, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
