@@ -301,7 +301,7 @@ def test_the_order_is_that_of_the_file(on_disk, in_memory, counts, registered):
 
 
 def test_where_counts_are_is_said(on_disk, in_memory, registered):
-    assert "stay on disk and are read in blocks: more than the 0 GB of memory that they may take" in placement(
+    assert "stay on disk and are read in blocks: more than the 0 MB of memory that they may take" in placement(
         on_disk, CPU
     )
     assert placement(in_memory, CPU).startswith("counts (")
