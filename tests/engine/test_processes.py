@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from engine._together import CASES, MARK, STEPS
 from scvi_ext.engine.processes import device_of_rank
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -74,25 +77,49 @@ def torchrun(folder: Path, task: str, *arguments: str, files: Path, attempt: int
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """``once(name, make)``: what ``make(folder)`` returns, made once for all workers of pytest-xdist."""
+    of_all = tmp_path_factory.getbasetemp()
+    of_all = of_all.parent if "PYTEST_XDIST_WORKER" in os.environ else of_all
+
+    def get(name: str, make: Callable[[Path], Any]) -> Any:
+        made = of_all / f"{name}.made"
+        with (of_all / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                made.write_bytes(pickle.dumps(make(Path(tempfile.mkdtemp(prefix=name, dir=of_all)))))
+        return pickle.loads(made.read_bytes())
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def files(once) -> Path:
     """The cells on disk."""
-    folder = tmp_path_factory.mktemp("cells")
-    _together.write_files(folder)
-    return folder
+
+    def write(folder: Path) -> Path:
+        _together.write_files(folder)
+        return folder
+
+    return once("cells", write)
 
 
 @pytest.fixture(scope="module")
-def alone(files) -> dict[str, Any]:
+def alone(once, files) -> dict[str, Any]:
     """What one process finds."""
-    return {name: _together.fitted(name, files) for name in CASES}
+    return once("alone", lambda folder: {name: _together.fitted(name, files) for name in CASES})
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, files) -> Started:
+def pair(once, files) -> Started:
     """Two processes that do all that leaves both of them alive."""
-    started = torchrun(tmp_path_factory.mktemp("pair"), "everything", files=files)
-    assert started.code == 0, started.all_said
-    return started
+
+    def start(folder: Path) -> Started:
+        started = torchrun(folder, "everything", files=files)
+        assert started.code == 0, started.all_said
+        return started
+
+    return once("pair", start)
 
 
 def assert_same_fit(found: dict[str, Any], expected: dict[str, Any]) -> None:
