@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvi_ext._bar import progress_bar
 from scvi_ext._errors import listing
-from scvi_ext.data.matrix import row_chunks
+from scvi_ext.data.matrix import on_disk, row_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -205,7 +206,9 @@ def audit_counts(
     sums, expressed = np.zeros(n_cells), np.zeros(n_genes, dtype=bool)
     tallies: dict[str, _Tally] = {}
     non_zeros, largest = 0, 0.0
+    bar = progress_bar(n_cells, "audit", "cell", None if on_disk(matrix) else False)
     for start, chunk in row_chunks(matrix):
+        bar.update(chunk.shape[0])
         for kind, mask in _offending(chunk.data).items():
             if mask.any():
                 tallies.setdefault(kind, _Tally(n_cells, n_genes)).add(start, chunk, mask)
@@ -215,6 +218,7 @@ def audit_counts(
         rows = np.repeat(np.arange(chunk.shape[0]), np.diff(chunk.indptr))
         sums[start : start + chunk.shape[0]] = np.bincount(rows, weights=chunk.data, minlength=chunk.shape[0])
 
+    bar.close()
     batches = pd.Categorical(np.zeros(n_cells, dtype=int) if batch is None else batch)
     names = [""] if batch is None else [str(c) for c in batches.categories]
     return CountAudit(

@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from scvi_ext._errors import number
 from scvi_ext._settings import settings
-from scvi_ext.data.matrix import on_disk, read_rows, unreadable
+from scvi_ext.data.matrix import on_disk, read_all, read_rows, row_chunks, unreadable
 from scvi_ext.data.stacked import parts_of, where
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import scipy.sparse as sp
-
 ENTRY_BYTES = 8  # in memory: a float32 and the int32 of its gene
 BLOCK_BYTES = 2**28  # of a block: half a second to read, and some thousand minibatches to mix
 _READ_BYTES = 2**22  # at once, at least: with 1 MB, a virtual disk that had to find the places gave two thirds
 _CHUNKS = 16  # in a block, at least: places of the file that minibatches are mixed from
-_SHARE = 0.5  # of the memory that is free
+_SHARE = 0.5  # of the memory that is free, for all processes that torchrun has started on a machine
 _CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -37,7 +36,7 @@ _CONTROL_GROUPS = (
 def memory_limit() -> int:
     """How many bytes of counts may be held in host memory."""
     if settings.memory_limit is None:
-        return int(free_memory() * _SHARE)
+        return int(free_memory() * _SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit = number("settings.memory_limit", settings.memory_limit)
     if not limit >= 0:
         msg = f"settings.memory_limit={settings.memory_limit!r} must be a number of gigabytes, 0 or more, or None."
@@ -77,6 +76,24 @@ def _entries(matrix: Any) -> int | None:
     matrix = parts[0].matrix
     group = getattr(matrix, "group", None)
     return getattr(matrix, "nnz", None) if group is None else group["indices"].shape[0]
+
+
+def read_into_memory(matrix: Any) -> sp.csr_matrix:
+    """All rows of a matrix on disk as float32 counts, (n, G), of a sparse one without holding them twice."""
+    entries = _entries(matrix)
+    if entries is None:
+        return read_all(matrix)
+    n_cells, n_genes = matrix.shape
+    counts, genes = np.empty(entries, np.float32), np.empty(entries, np.int32 if entries < 2**31 else np.int64)
+    starts = np.zeros(n_cells + 1, genes.dtype)
+    for first, chunk in row_chunks(matrix):
+        rows, here = slice(first + 1, first + 1 + chunk.shape[0]), starts[first]
+        stretch = slice(here, here + chunk.nnz)
+        counts[stretch], genes[stretch], starts[rows] = chunk.data, chunk.indices, here + chunk.indptr[1:]
+    used = slice(starts[-1])  # less than there were where several entries were for one gene
+    read = sp.csr_matrix((counts[used], genes[used], starts), (n_cells, n_genes))
+    read.has_canonical_format = True
+    return read
 
 
 def chunk_rows(matrix: Any) -> int:

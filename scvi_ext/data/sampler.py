@@ -25,6 +25,10 @@ class Blocks:
         """Step with which each block begins, and the number of steps, (n_blocks + 1,)."""
         return np.linspace(0, n_steps, min(self.n_blocks, n_steps) + 1).astype(np.int64)
 
+    def bounds(self, n_steps: int, first: int) -> list[tuple[int, int]]:
+        """Steps from and to of each block that is not over before step ``first``."""
+        return [(a, z) for a, z in pairwise(self.steps(n_steps).tolist()) if z > first]
+
 
 def split_cells(
     n_cells: int, train_size: float, validation_size: float | None, seed: int

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvi_ext._bar import progress_bar
 from scvi_ext._errors import listing, missing_key
 from scvi_ext.data.audit import LARGEST_EXACT
 from scvi_ext.data.disk import (
@@ -21,6 +22,7 @@ from scvi_ext.data.disk import (
     chunks_of_block,
     estimated_bytes,
     memory_limit,
+    read_into_memory,
     row_marks,
     row_totals,
 )
@@ -453,7 +455,9 @@ class CellStore:
         """Float64 sums of the counts per cell and per gene: independent of how the matrix is stored and read."""
         cells, genes = np.zeros(self.n_cells), np.zeros(self.n_genes)
         sizes, marks = np.zeros(self.n_cells, np.int32), np.zeros(self.n_cells)
+        bar = progress_bar(self.n_cells, "count", "cell", None if self.on_disk else False)
         for stretch, counts in self.stretches():
+            bar.update(counts.shape[0])
             cells[stretch] = row_totals(counts)
             # Of counts that are no integers sums are rounded: one after the other, wherever a stretch ends.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -461,6 +465,7 @@ class CellStore:
             sizes[stretch] = np.diff(counts.indptr)
             if self.on_disk:
                 marks[stretch] = row_marks(counts)
+        bar.close()
         if self.on_disk:
             self.counts.remember(sizes, marks)
         return cells, genes
@@ -479,7 +484,10 @@ def _counts(
         check_rows_stored(matrix)
         check = partial(_check_rows, registry, cells, names)
         return DiskCounts(matrix, rows, genes, check)
-    counts = read_all(matrix) if rows is None else read_rows(matrix, rows)
+    if rows is None:
+        counts = read_into_memory(matrix) if on_disk(matrix) else read_all(matrix)
+    else:
+        counts = read_rows(matrix, rows)
     check_still_raw(counts, registry, cells, names)
     if genes is not None:
         counts = counts[:, genes]

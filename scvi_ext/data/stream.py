@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +35,7 @@ def cells_of_run(
 ) -> Resident | Streamed:
     """The cells, all on the device if they fit there; ``shape``: steps of an epoch, cells of a step."""
     if fits(store, device):
-        return Resident(store, device, streams)
+        return Resident(store, device, streams, blocks)
     return Streamed(store, device, streams, shape, blocks or Blocks(1, store.chunk or 1))
 
 
@@ -93,13 +92,23 @@ def read_ahead(store: CellStore, wanted: Sequence[np.ndarray], reader: ThreadPoo
 class Resident:
     """All cells, on the device for the whole run."""
 
-    def __init__(self, store: CellStore | JointStore, device: torch.device, streams: Sequence[Stream]):
+    def __init__(
+        self,
+        store: CellStore | JointStore,
+        device: torch.device,
+        streams: Sequence[Stream],
+        blocks: Blocks | None = None,
+    ):
+        self.blocks = blocks or Blocks(1, 1)
         self.block = resident(store, device)
         self.sources = [self.block.of(stream) for stream in streams]
 
     def pieces(self, rows: np.ndarray, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Steps from, to, and positions in the block (streams, steps, B) that they take: an epoch in one piece."""
-        yield 0, rows.shape[1], rows
+        """Steps from, to, and positions in the block (streams, steps, B) that they take.
+
+        As many pieces as where they are read one by one: of several processes some may have all cells in memory.
+        """
+        yield from ((a, z, rows[:, a:z]) for a, z in self.blocks.bounds(rows.shape[1], first))
 
     def first_piece(self, rows: np.ndarray) -> np.ndarray:
         """Positions in the block of the first piece of an epoch."""
@@ -149,11 +158,11 @@ class Streamed:
 
         While the caller is at work on one, the next is read.
         """
-        yield from self._pieces(rows, [(a, z) for a, z in pairwise(self.blocks.steps(rows.shape[1])) if z > first])
+        yield from self._pieces(rows, self.blocks.bounds(rows.shape[1], first))
 
     def first_piece(self, rows: np.ndarray) -> np.ndarray:
         """Load the first block of an epoch; the positions in it."""
-        ((_, _, local),) = self._pieces(rows, [(0, self.blocks.steps(rows.shape[1])[1])])
+        ((_, _, local),) = self._pieces(rows, self.blocks.bounds(rows.shape[1], 0)[:1])
         return local
 
     def _pieces(self, rows: np.ndarray, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -161,7 +170,7 @@ class Streamed:
         parts = self._read_ahead([positions for positions, _ in wanted])
         for (a, z), (_, local), part in zip(bounds, wanted, parts, strict=True):
             self.block.load(part)
-            yield int(a), int(z), local.reshape(len(rows), z - a, -1)
+            yield a, z, local.reshape(len(rows), z - a, -1)
 
     def minibatches(self, passes: Passes, *, keep: bool = False) -> Iterator[list[Minibatch | None]]:
         """Cells in the order given; a stream without cells has None.

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from time import sleep
 from typing import TYPE_CHECKING
 
-from scvi_ext.engine.bar import progress_bar
+from scvi_ext._bar import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable

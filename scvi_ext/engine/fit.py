@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from scvi_ext._bar import progress_bar
 from scvi_ext._contract import CLASSIFICATION, Stream
 from scvi_ext._errors import first_line, listing
 from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.data.sampler import epoch_order, some_of_each_label
 from scvi_ext.data.stream import cells_of_run
-from scvi_ext.engine.bar import progress_bar
 from scvi_ext.engine.checkpoint import Snapshot, generator_arrays, load_generators, load_module, module_arrays
 from scvi_ext.engine.device import arithmetic
 from scvi_ext.engine.graph import make_runner

@@ -19,9 +19,9 @@ from scanpy import Verbosity
 from scanpy import logging as logg
 
 from scvi_ext import results
+from scvi_ext._bar import progress_bar
 from scvi_ext._contract import Capability
 from scvi_ext._errors import first_line, listing, one_of, unknown_keyword
-from scvi_ext.engine.bar import progress_bar
 from scvi_ext.engine.checkpoint import module_arrays
 from scvi_ext.engine.device import resolve_device
 from scvi_ext.fitted import Fitted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
 def progress_bar(
     total: int | None, name: str, unit: str, show: bool | None, *, done: int = 0, **options: object
 ) -> tqdm:
-    """A bar; ``show=None`` shows it where the output is a terminal or a notebook."""
+    """A bar; ``show=None`` shows it in terminals and notebooks, and of several processes in the first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tqdm.auto warns where a notebook lacks widgets, and falls back to text
         from tqdm.auto import tqdm
-    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=None if show is None else not show, **options)
+    hidden = True if os.environ.get("RANK", "0") != "0" else None
+    return tqdm(
+        total=total, initial=done, desc=name, unit=unit, disable=hidden if show is None else not show, **options
+    )
