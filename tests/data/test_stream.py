@@ -86,11 +86,16 @@ class Counting:
 
     def take(self, rows: np.ndarray) -> CellStore:
         self.taken.append(rows)
-        if len(rows):  # none are taken to learn of what kind they are
+        if len(rows):
             self.threads.add(threading.current_thread().name)
             if self.n_taken == self.fails_at:
                 raise UnreadableRowsError("these rows")
         return self.store.take(rows)
+
+    def forget(self) -> None:
+        """What has been taken so far does not count: a block is made with some cells, to learn of what kind they are."""
+        self.taken.clear()
+        self.threads.clear()
 
     @property
     def n_taken(self) -> int:
@@ -149,7 +154,7 @@ def test_each_block_is_read_once_and_in_order(on_disk):
     store = Counting(on_disk)
     source, rows = streamed(store)
     for _ in range(2):
-        store.taken.clear()
+        store.forget()
         bounds = [(first, stop) for first, stop, _ in source.pieces(rows, 0)]
         assert bounds == list(pairwise(source.blocks.steps(rows.shape[1])))
         assert len(store.taken) == len(bounds)
@@ -163,7 +168,7 @@ def test_the_next_block_is_read_while_one_is_trained_on(on_disk):
     store = Counting(on_disk)
     source, rows = streamed(store)
     n = len(source.blocks.steps(rows.shape[1])) - 1
-    store.taken.clear()
+    store.forget()
     for i, _ in enumerate(source.pieces(rows, 0)):
         source.reader.submit(int).result(60)  # done when everything is that was asked for before
         assert store.n_taken == min(i + 2, n)  # one ahead, and not more: that is what memory is reckoned for
@@ -176,7 +181,7 @@ def test_blocks_before_the_step_that_is_next_are_not_read(on_disk, first):
     store = Counting(on_disk)
     source, rows = streamed(store)
     assert rows.shape[1] == 13
-    store.taken.clear()
+    store.forget()
     pieces = list(source.pieces(rows, first))
     expected = [(a, z) for a, z in pairwise(source.blocks.steps(13)) if z > first]
     assert [piece[:2] for piece in pieces] == expected
@@ -209,8 +214,10 @@ def test_no_thread_stays_behind_whenever_it_is_closed(on_disk, n):
 
 
 def test_an_error_comes_with_its_block_and_not_before(on_disk):
-    store = Counting(on_disk, fails_at=3)
+    store = Counting(on_disk)
     source, rows = streamed(store)
+    store.forget()
+    store.fails_at = 3
     pieces = source.pieces(rows, 0)
     next(pieces)
     next(pieces)  # by now the third one has failed, or will
@@ -255,7 +262,7 @@ def test_what_is_asked_for_again_is_read_once(on_disk):
     store = Counting(on_disk)
     source, _ = streamed(store)
     few, others = (passes_of(on_disk, [(5,), (6,)], seed=seed) for seed in (1, 2))
-    store.taken.clear()
+    store.forget()
     for _ in range(3):
         list(source.minibatches(few, keep=True))
     assert store.n_taken == 1
@@ -272,7 +279,7 @@ def test_more_than_a_block_is_not_kept(on_disk):
     store = Counting(on_disk)
     source, _ = streamed(store)
     passes = [[cells] for cells in np.array_split(np.arange(201), 20)]
-    store.taken.clear()
+    store.forget()
     list(source.minibatches(passes, keep=True))
     once = store.n_taken
     assert once > 3

@@ -186,7 +186,7 @@ def test_the_limit_does_not_change_a_fit(h5ad, sources):
 
 def test_where_counts_are_is_logged(h5ad, logged):
     fit(h5ad, DISK, max_epochs=1)
-    assert "stay on disk and are read in blocks: more than the 0 GB of memory that they may take" in logged()
+    assert "stay on disk and are read in blocks: more than the 0 MB of memory that they may take" in logged()
     fit(h5ad, MEMORY, max_epochs=1)
     assert "in host memory, read from disk: within the " in logged()
 
