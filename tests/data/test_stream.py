@@ -93,7 +93,7 @@ class Counting:
         return self.store.take(rows)
 
     def forget(self) -> None:
-        """What has been taken so far does not count: a block is made with some cells, to learn of what kind they are."""
+        """What has been taken so far does not count: a block is made with some cells, to learn of what kind."""
         self.taken.clear()
         self.threads.clear()
 
