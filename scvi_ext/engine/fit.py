@@ -165,8 +165,8 @@ def fit(
             # A held-out cell costs about a third of a trained one: forward without backward.
             steps = (plan.n_steps - progress.step) * (1 + len(validation) / (3 * math.prod(shape)))
             announce(seconds_per_step * steps, ", ".join(filter(None, (how, source.block.note))))
-            loop = _Loop(step, source, run, plan, epochs, progress, patience, after_epoch, keep)
-            loop.train(train, validation, show_progress)
+            loop = _Loop(step, source, run, plan, epochs, progress, train, validation, patience, after_epoch, keep)
+            loop.carry_out(show_progress)
     except RuntimeError as error:  # before the first step: what there is to keep is what the run began with
         if team.n == 1 or not lost(error):
             raise
@@ -182,8 +182,24 @@ def fit(
 
 
 @dataclass
+class _Start:
+    """Where an epoch begins, or goes on: a place to return to."""
+
+    step: int
+    snapshot: Snapshot
+    sums: torch.Tensor
+    generators: dict[str, np.ndarray]  # of several processes
+
+    def restore(self, loop: _Loop) -> None:
+        """Return there."""
+        self.snapshot.restore()
+        loop.step.sums.copy_(self.sums)
+        loop.progress.step = self.step
+
+
+@dataclass
 class _Loop:
-    """What is left of a plan, epoch by epoch."""
+    """What is left of a plan, epoch by epoch, on these cells."""
 
     step: TrainingStep
     source: Resident | Streamed
@@ -191,85 +207,107 @@ class _Loop:
     plan: Plan
     epochs: Epochs
     progress: Progress
+    train: np.ndarray
+    validation: np.ndarray
     patience: int | None
     after_epoch: Callable[[Mapping[str, float], float], bool] | None
     keep: Callable[[Progress, Callable[[], dict[str, np.ndarray]]], None] | None
 
-    def train(self, train: np.ndarray, validation: np.ndarray, show_progress: bool | None) -> None:
-        """Carry it out, on these cells, and look at the held-out ones after each epoch."""
-        step, plan, progress, team = self.step, self.plan, self.progress, self.step.team
-        module, device = step.module, step.block.device
-        origin = module_arrays(module)
-        train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
+    def carry_out(self, show_progress: bool | None) -> None:
+        """Train to the end of the plan, or until there is a reason to stop."""
+        plan, progress, team = self.plan, self.progress, self.step.team
+        origin = module_arrays(self.step.module)
+        self._leave_out(progress.excluded)
         with (
             deferred_interrupt((signal.SIGINT, signal.SIGTERM), patient=team.n > 1) as interrupt,
             progress_bar(plan.n_steps, "fit", "step", show_progress, done=progress.step) as bar,
         ):
             while (epoch := len(progress.history)) < plan.n_epochs and not progress.stop_reason:
-                start, begin, end = progress.step, epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch
-                step.begin_epoch(_schedule(plan, epoch, progress.lr_factor), start - begin)
-                snapshot, sums_before = Snapshot(module, step.optimizer), step.sums.clone()
-                generators = generator_arrays(device) if team.n > 1 else {}
-                started = time.perf_counter()
-                row = None
-                try:
-                    self._steps(team.own(self.epochs.rows(train, epoch)), begin, interrupt, bar)
-                    if progress.step == end:
-                        held_out = self._evaluate(validation, epoch)
-                        asked = step.sums.new_tensor([float(interrupt.requested)])
-                        # The one host sync of the epoch.
-                        row = team.sum(torch.cat([step.sums, held_out, _all_finite(module), asked])).tolist()
-                except UnreadableRowsError as error:
-                    progress.failure = error
-                except RuntimeError as error:
-                    if team.n == 1 or not lost(error):
-                        raise
-                    # The others were in the middle of a step, and so was this one: back to where all were alike.
-                    snapshot.restore()
-                    load_generators(device, generators)
-                    progress.step, progress.stop_reason, progress.failure = start, "interrupted", _lost(team, error)
-                    break
-                if row is None:
-                    step.sums.copy_(team.sum(step.sums))
-                    if not (step.sums.isfinite().all() and _all_finite(module)):  # the guard looks when an epoch ends
-                        snapshot.restore()
-                        progress.step = start
-                    else:
-                        progress.sums = step.sums.tolist()
-                    progress.stop_reason = "interrupted"
-                    break
-
-                asked = row.pop() > 0
-                seconds = time.perf_counter() - started
-                if not np.isfinite(row).all() or row[-1] < team.n:
-                    try:
-                        with training_as(Ranks()):
-                            _agreed(team, partial(_roll_back, self, snapshot, (train, validation), epoch, origin))
-                    except UnreadableRowsError as error:  # where the guard looked
-                        snapshot.restore()
-                        progress.failure, progress.stop_reason = error, "interrupted"
-                    progress.step = bar.n = start
-                    step.sums.copy_(sums_before)
-                    train, validation = (np.setdiff1d(cells, progress.excluded) for cells in (train, validation))
-                    continue
-                step.sums.zero_()
-                progress.sums = step.sums.tolist()
-                steps_per_second = (end - start) / seconds
-                history = _history_row(row, step, plan, progress, self.epochs.held_out(validation), steps_per_second)
-                progress.history.append(history)
-                bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
-                if self.patience is not None and len(validation):
-                    _remember_best(module, progress, epoch, self.patience)
-                if self.after_epoch is not None and self.after_epoch(history, progress.step / plan.n_steps):
-                    progress.stop_reason = progress.stop_reason or "pruned"
-                if asked and progress.step < plan.n_steps and not progress.stop_reason:
-                    progress.stop_reason = "interrupted"
-                if self.keep is not None:
-                    self.keep(progress, lambda: make_checkpoint(module, step.optimizer, device, progress))
+                self._epoch(epoch, origin, interrupt, bar)
             # Whoever of several processes was asked: the others stop for the same reason.
             stopped = progress.stop_reason == "interrupted" and progress.failure is None
             progress.ctrl_c = interrupt.requested or stopped
             progress.terminated = team.any(interrupt.terminated) if stopped else interrupt.terminated
+
+    def _epoch(self, epoch: int, origin: Mapping[str, np.ndarray], interrupt: Interrupt, bar: tqdm) -> None:
+        """What is left of an epoch, and its row of the history; if that is not finite, back to its beginning."""
+        step, progress, team = self.step, self.progress, self.step.team
+        begin = epoch * self.plan.steps_per_epoch
+        step.begin_epoch(_schedule(self.plan, epoch, progress.lr_factor), progress.step - begin)
+        generators = generator_arrays(step.block.device) if team.n > 1 else {}
+        start = _Start(progress.step, Snapshot(step.module, step.optimizer), step.sums.clone(), generators)
+        started = time.perf_counter()
+        row = None
+        try:
+            self._steps(team.own(self.epochs.rows(self.train, epoch)), begin, interrupt, bar)
+            if progress.step == begin + self.plan.steps_per_epoch:
+                held_out = self._evaluate(epoch)
+                asked = step.sums.new_tensor([float(interrupt.requested)])
+                # The one host sync of the epoch.
+                row = team.sum(torch.cat([step.sums, held_out, _all_finite(step.module), asked])).tolist()
+        except UnreadableRowsError as error:
+            progress.failure = error
+        except RuntimeError as error:
+            if team.n == 1 or not lost(error):
+                raise
+            # The others were in the middle of a step, and so was this one: back to where all were alike.
+            start.restore(self)
+            load_generators(step.block.device, generators)
+            progress.stop_reason, progress.failure = "interrupted", _lost(team, error)
+            return
+        if row is None:
+            self._break_off(start)
+            return
+        asked = row.pop() > 0
+        if not np.isfinite(row).all() or row[-1] < team.n:
+            self._go_back(start, epoch, origin)
+            bar.n = progress.step
+            return
+        step.sums.zero_()
+        progress.sums = step.sums.tolist()
+        steps_per_second = (progress.step - start.step) / (time.perf_counter() - started)
+        held_out = self.epochs.held_out(self.validation)
+        progress.history.append(_history_row(row, step, self.plan, progress, held_out, steps_per_second))
+        bar.set_postfix(_postfix(progress.history[-1]), refresh=False)
+        self._look_back(epoch, asked)
+
+    def _break_off(self, start: _Start) -> None:
+        """Stop between two steps of an epoch, or before its held-out cells were looked at."""
+        step, progress = self.step, self.progress
+        step.team.sum(step.sums)
+        if step.sums.isfinite().all() and _all_finite(step.module):
+            progress.sums = step.sums.tolist()
+        else:  # which the guard would have found when the epoch ends
+            start.restore(self)
+        progress.stop_reason = "interrupted"
+
+    def _go_back(self, start: _Start, epoch: int, origin: Mapping[str, np.ndarray]) -> None:
+        """Return to the beginning of the epoch, and look who is to blame."""
+        progress = self.progress
+        start.restore(self)
+        try:
+            with training_as(Ranks()):
+                _agreed(self.step.team, partial(_find_remedy, self, epoch, origin))
+        except UnreadableRowsError as error:
+            progress.failure, progress.stop_reason = error, "interrupted"
+        self._leave_out(progress.excluded)
+
+    def _look_back(self, epoch: int, asked: bool) -> None:
+        """After an epoch: whether it is the best, whether it is enough, and whether it is to be kept."""
+        step, progress = self.step, self.progress
+        if self.patience is not None and len(self.validation):
+            _remember_best(step.module, progress, epoch, self.patience)
+        done = progress.step / self.plan.n_steps
+        if self.after_epoch is not None and self.after_epoch(progress.history[-1], done):
+            progress.stop_reason = progress.stop_reason or "pruned"
+        if asked and done < 1 and not progress.stop_reason:
+            progress.stop_reason = "interrupted"
+        if self.keep is not None:
+            device = step.block.device
+            self.keep(progress, lambda: make_checkpoint(step.module, step.optimizer, device, progress))
+
+    def _leave_out(self, cells: Sequence[int]) -> None:
+        self.train, self.validation = (np.setdiff1d(of, cells) for of in (self.train, self.validation))
 
     def _steps(self, rows: np.ndarray, begin: int, interrupt: Interrupt, bar: tqdm) -> None:
         """The steps of an epoch that are left, until somebody asks to stop; ``begin``: the first of all."""
@@ -291,11 +329,11 @@ class _Loop:
             pieces.close()
 
     @torch.no_grad()
-    def _evaluate(self, held_out: np.ndarray, epoch: int) -> torch.Tensor:
+    def _evaluate(self, epoch: int) -> torch.Tensor:
         """The same sums for held-out cells, in evaluation mode, with draws of their own: training does not notice."""
         step, team = self.step, self.step.team
         module, device, total = step.module, step.block.device, torch.zeros_like(step.sums)
-        streams = self.epochs.held_out(held_out)
+        streams = self.epochs.held_out(self.validation)
         if not any(map(len, streams)):
             return total
         n_passes = -(-max(map(len, streams)) // _VALIDATION_CELLS)
@@ -392,20 +430,10 @@ def _remember_best(module: nn.Module, progress: Progress, epoch: int, patience: 
         progress.stop_reason = "early stopping"
 
 
-def _roll_back(
-    loop: _Loop,
-    snapshot: Snapshot,
-    cells: tuple[np.ndarray, np.ndarray],
-    epoch: int,
-    origin: Mapping[str, np.ndarray],
-) -> None:
-    """Return to the state before the epoch; leave out cells that cannot be modelled, or else halve the rate.
-
-    ``cells`` are those that are trained on, and those that are held out.
-    """
+def _find_remedy(loop: _Loop, epoch: int, origin: Mapping[str, np.ndarray]) -> None:
+    """In the state before the epoch: leave out cells that cannot be modelled, or else halve the rate."""
     step, epochs, progress = loop.step, loop.epochs, loop.progress
-    snapshot.restore()
-    rows = np.concatenate(cells)
+    rows = np.concatenate([loop.train, loop.validation])
     event = find_culprits(step, loop.source, epochs.cells(rows), epoch, origin)
     store = epochs.store
     progress.events.append(event)
@@ -413,7 +441,7 @@ def _roll_back(
     if len(rows) - len(event.cells) < 3:
         msg = "The loss is not finite for (almost) any cell, so nothing can be trained. Look at the counts."
         raise FloatingPointError(msg)
-    left = epochs.cells(np.setdiff1d(cells[0], event.cells))
+    left = epochs.cells(np.setdiff1d(loop.train, event.cells))
     emptied = [stream.name for stream, of_stream in zip(step.streams, left, strict=True) if not len(of_stream)]
     if emptied:
         msg = (
