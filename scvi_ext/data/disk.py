@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import scipy.sparse as sp
 from scvi_ext._errors import number
 from scvi_ext._settings import settings
 from scvi_ext.data.matrix import on_disk, read_all, read_rows, row_chunks, unreadable
+from scvi_ext.data.memory import free_memory
 from scvi_ext.data.stacked import parts_of, where
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ BLOCK_BYTES = 2**28  # of a block: half a second to read, and some thousand mini
 _READ_BYTES = 2**22  # at once, at least: with 1 MB, a virtual disk that had to find the places gave two thirds
 _CHUNKS = 16  # in a block, at least: places of the file that minibatches are mixed from
 _SHARE = 0.5  # of the memory that is free, for all processes that torchrun has started on a machine
-_CONTROL_GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
 
 
 def memory_limit() -> int:
@@ -42,22 +35,6 @@ def memory_limit() -> int:
         msg = f"settings.memory_limit={settings.memory_limit!r} must be a number of gigabytes, 0 or more, or None."
         raise ValueError(msg)
     return int(limit * 1e9) if math.isfinite(limit) else 2**63
-
-
-def free_memory() -> int:
-    """Bytes of host memory that are free, within the limit of the job (control group) where it has one."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: what is built in, as if half of it were free
-        ask = getattr(os, "sysconf", None)  # Windows has none
-        free = 4 * 10**9 if ask is None else ask("SC_PAGE_SIZE") * ask("SC_PHYS_PAGES") // 2
-    for limit, used in _CONTROL_GROUPS:
-        try:
-            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
-        except (OSError, ValueError):  # none, or without a limit ("max")
-            continue
-    return free
 
 
 def estimated_bytes(matrix: Any, n_rows: int) -> int:
@@ -76,6 +53,17 @@ def _entries(matrix: Any) -> int | None:
     matrix = parts[0].matrix
     group = getattr(matrix, "group", None)
     return getattr(matrix, "nnz", None) if group is None else group["indices"].shape[0]
+
+
+def check_chunks(matrix: Any) -> None:
+    """Raise an UnreadableRowsError if a file of zarr lacks chunks of sparse counts: it would read them as zeros."""
+    for part in parts_of(matrix):
+        group = getattr(part.matrix, "group", None)
+        for array in () if group is None else (group["data"], group["indices"]):
+            lacking = getattr(array, "nchunks", 0) - getattr(array, "nchunks_initialized", 0)
+            if lacking > 0:
+                reason = f"{lacking} chunks of {array.path} are not there"
+                raise unreadable(where(part.matrix, 0, part.matrix.shape[0]), reason)
 
 
 def read_into_memory(matrix: Any) -> sp.csr_matrix:

@@ -18,6 +18,7 @@ from scvi_ext.data.disk import (
     BLOCK_BYTES,
     ENTRY_BYTES,
     DiskCounts,
+    check_chunks,
     chunk_rows,
     chunks_of_block,
     estimated_bytes,
@@ -480,6 +481,8 @@ def _counts(
     names: pd.Index,
 ) -> sp.csr_matrix | DiskCounts:
     """These rows and columns, in host memory if they come from there or do not take too much of it."""
+    if on_disk(matrix):
+        check_chunks(matrix)
     if on_disk(matrix) and estimated_bytes(matrix, len(cells)) > memory_limit():
         check_rows_stored(matrix)
         check = partial(_check_rows, registry, cells, names)

@@ -173,6 +173,9 @@ class Search:
             _study.give_up(study, trial, first_line(error))
             logg.warning(f"{what}: failed: {first_line(error)}")
             return False
+        if done.failure is not None:  # a damaged file, which no other trial could read either
+            _study.give_up(study, trial, first_line(done.failure))
+            raise done.failure
         if done.ctrl_c and done.stop_reason == "interrupted":
             _study.give_up(study, trial)
         elif done.stop_reason == "pruned":

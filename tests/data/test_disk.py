@@ -14,7 +14,7 @@ import zarr
 from anndata.io import write_elem
 
 import scvi_ext as sx
-from scvi_ext.data import disk
+from scvi_ext.data import disk, memory
 from scvi_ext.data import store as store_module
 from scvi_ext.data.disk import _READ_BYTES, DiskCounts, chunk_rows, chunks_of_block, estimated_bytes, memory_limit
 from scvi_ext.data.matrix import UnreadableRowsError
@@ -327,30 +327,51 @@ def test_none_takes_half_of_what_is_free(monkeypatch):
     assert memory_limit() == 5 * 10**9
 
 
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """``groups(lines, {group: (limit, used, cached)})``: control groups as the system shows them, in ``tmp_path``."""
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+
+    def make(lines: str, found: dict[str, tuple], version: int = 2) -> int:
+        (tmp_path / "own").write_text(lines)
+        limit_name, used_name, cached_name = {
+            1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            2: ("memory.max", "memory.current", "inactive_file"),
+        }[version]
+        for group, (limit, used, cached) in found.items():
+            place = tmp_path / group
+            place.mkdir(parents=True, exist_ok=True)
+            (place / limit_name).write_text(f"{limit}\n")
+            (place / used_name).write_text(f"{used}\n")
+            (place / "memory.stat").write_text(f"anon 17\n{cached_name} {cached}\n")
+        return memory.free_memory()
+
+    return make
+
+
+def test_memory_without_control_groups(groups):
+    of_machine = groups("", {})
+    assert of_machine > 10**7
+    assert groups("0::/gone\n", {}) > 10**7
+    assert groups("0::/job\n", {"job": ("max", 500_000, 0)}) > 10**7  # no limit
+    assert groups("4:memory:/job\n", {"memory/job": (2**62, 500_000, 0)}, version=1) > 10**7  # how version 1 says that
+
+
 @pytest.mark.parametrize(
-    ("limit", "used", "free"),
+    ("lines", "found", "version", "free"),
     [
-        ("2000000", "500000", 1_500_000),
-        ("2000000\n", "3000000\n", 0),  # over it already
-        ("max", "500000", None),
-        (str(2**62), "500000", None),  # how version 1 says that there is none
-        ("2000000", None, None),
+        ("0::/\n", {"": (2_000_000, 500_000, 0)}, 2, 1_500_000),
+        ("0::/job/step\n", {"job/step": ("max", 5, 0), "job": (2_000_000, 500_000, 0)}, 2, 1_500_000),
+        ("0::/job/step\n", {"job/step": (900_000, 0, 0), "job": (2_000_000, 500_000, 0)}, 2, 900_000),
+        ("0::/job\n", {"job": (2_000_000, 3_000_000, 0)}, 2, 0),  # over it already
+        ("0::/job\n", {"job": (2_000_000, 1_900_000, 1_400_000)}, 2, 1_500_000),  # a file that was read counts as used
+        ("0::/of/the/machine/outside\n", {"": (2_000_000, 500_000, 0)}, 2, 1_500_000),
+        ("5:cpu:/\n4:memory:/job\n0::/\n", {"memory/job": (2_000_000, 500_000, 100_000)}, 1, 1_600_000),
     ],
 )
-def test_the_memory_of_a_job_is_what_its_control_group_leaves(monkeypatch, tmp_path, limit, used, free):
-    groups = [(tmp_path / "none", tmp_path / "none"), (tmp_path / "limit", tmp_path / "used")]
-    monkeypatch.setattr(disk, "_CONTROL_GROUPS", groups[:1])
-    of_machine = disk.free_memory()
-    assert of_machine > 10**7
-    monkeypatch.setattr(disk, "_CONTROL_GROUPS", groups)
-    (tmp_path / "limit").write_text(limit)
-    if used is not None:
-        (tmp_path / "used").write_text(used)
-    found = disk.free_memory()
-    if free is None:
-        assert found > 10**7
-    else:
-        assert found == free
+def test_the_memory_of_a_job_is_what_its_control_groups_leave(groups, lines, found, version, free):
+    assert groups(lines, found, version) == free
 
 
 # ---- what is read together -----------------------------------------------------------------------------------------
@@ -397,3 +418,17 @@ def test_blocks_follow_from_the_file_and_not_from_the_machine(counts, tmp_path, 
     assert found[0] == found[1] == found[2]
     assert found[0].n_blocks == -(-counts.X.nnz * 8 // 10_000)
     assert read(setup(counts)).blocks() is None  # which did not come from a file
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_a_file_of_zarr_that_lacks_a_chunk_from_the_beginning_is_refused(counts, tmp_path, limit):
+    sx.settings.memory_limit = limit
+    backed = setup(write(counts, tmp_path, *FILES["zarr CSR, chunks of 64 entries"]))
+    read(backed)
+    folder = tmp_path / "counts.zarr" / "X" / "indices"
+    chunks = [path for path in folder.rglob("*") if path.is_file() and path.name[0] not in ".z"]
+    chunks[0].unlink()
+    with pytest.raises(
+        UnreadableRowsError, match=r"counts\.zarr, X cannot be used: 1 chunks of X/indices are not there"
+    ):
+        read(backed)
