@@ -6,7 +6,8 @@
 ``make`` writes synthetic counts with planted types and batches (h5ad or zarr, by the name of the file; CSR, or
 --dense) some thousand cells at a time. The second command measures, each in a process of its own: reading the file from
 beginning to end as bytes, with what the system remembers of it thrown away before (Linux only); one epoch of shuffled
-blocks as training reads them, without training; training from disk and in memory, for equally many steps. Memory is the highest resident memory of the whole process, set-up included. Prints one markdown table.
+blocks as training reads them, without training; training from disk and in memory, for equally many steps. Memory is the
+highest resident memory of the whole process, set-up included. Prints one markdown table.
 """
 
 from __future__ import annotations
