@@ -9,6 +9,7 @@ import pandas as pd
 
 from scvi_ext._errors import warn
 from scvi_ext.data.audit import CountAudit, audit_counts
+from scvi_ext.data.disk import check_chunks
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import check_complete, codes, column, used_categories
 from scvi_ext.data.store import known_proteins, protein_matrix
@@ -43,7 +44,9 @@ def audit_registered(adata: AnnData, registry: Registry) -> dict[str, CountAudit
         batch_index = codes(adata.obs, registry.batch_key, registry.batch_categories)
         batch = pd.Categorical.from_codes(batch_index, categories=registry.batch_categories)
     slot = "adata.X" if registry.layer is None else f"adata.layers[{registry.layer!r}]"
-    audits = {slot: audit_counts(counts_matrix(adata, registry.layer), adata.var_names, adata.obs_names, batch)}
+    matrix = counts_matrix(adata, registry.layer)
+    check_chunks(matrix)
+    audits = {slot: audit_counts(matrix, adata.var_names, adata.obs_names, batch)}
     present = known_proteins(adata, registry)
     if present:
         proteins = protein_matrix(adata, registry, present)

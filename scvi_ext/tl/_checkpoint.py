@@ -60,7 +60,8 @@ class CheckpointFile:
         """Replace what is there, in one step."""
         arrays, document = to_arrays(fitted)
         content = save(arrays, metadata={_FIT: json.dumps(document, allow_nan=False)})
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        # A name for each process of a run, so that one that was killed here leaves what the next one takes away.
+        beside = self.path.with_name(f".{self.path.name}.{os.environ.get('RANK', '0')}")
         try:
             with beside.open("wb") as file:
                 file.write(content)

@@ -425,6 +425,7 @@ def test_a_file_of_zarr_that_lacks_a_chunk_from_the_beginning_is_refused(counts,
     sx.settings.memory_limit = limit
     backed = setup(write(counts, tmp_path, *FILES["zarr CSR, chunks of 64 entries"]))
     read(backed)
+    again = sx.io.read_backed(tmp_path / "counts.zarr")
     folder = tmp_path / "counts.zarr" / "X" / "indices"
     chunks = [path for path in folder.rglob("*") if path.is_file() and path.name[0] not in ".z"]
     chunks[0].unlink()
@@ -432,3 +433,6 @@ def test_a_file_of_zarr_that_lacks_a_chunk_from_the_beginning_is_refused(counts,
         UnreadableRowsError, match=r"counts\.zarr, X cannot be used: 1 chunks of X/indices are not there"
     ):
         read(backed)
+    with pytest.raises(UnreadableRowsError, match="chunks of X/indices are not there"):
+        sx.pp.setup_anndata(again)
+    assert "scvi_ext" not in again.uns

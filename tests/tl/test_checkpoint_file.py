@@ -549,3 +549,9 @@ def test_time_is_not_what_the_file_depends_on(fresh, path, monkeypatch, uninterr
     adata = fresh()
     sx.tl.fit(adata, checkpoint=path, **RUN)
     assert_same_fit(adata, uninterrupted())
+
+
+def test_what_a_process_left_that_was_killed_while_it_wrote_is_taken_away(registered, tmp_path):
+    (tmp_path / ".run.checkpoint.0").write_bytes(b"half of it")
+    sx.tl.fit(registered, max_epochs=2, n_hidden=8, checkpoint=tmp_path / "run.checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.checkpoint"]
