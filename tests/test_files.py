@@ -25,6 +25,7 @@ from scvi_ext import files
 from scvi_ext.engine import map_cells
 from scvi_ext.files import spool, writing
 from scvi_ext.models.scvi import VAE
+from scvi_ext.tl._checkpoint import CheckpointFile
 
 QUICK = {"n_hidden": 8, "n_latent": 3, "max_epochs": 2, "progress": False}
 
@@ -412,6 +413,7 @@ import os, signal, sys
 import scvi_ext as sx
 from scvi_ext.files import spool, writing
 from scvi_ext.models.scvi import VAE
+from scvi_ext.tl._checkpoint import CheckpointFile
 
 path, kind = sys.argv[1:]
 writing._AT_ONCE = 60 * 4 * 16  # bytes: 16 cells
@@ -538,3 +540,40 @@ def test_what_was_written_into_which_file_is_logged(fitted, three, logged, tmp_p
     assert "one.h5ad': 'obsm/X_scvi'" in logged()
     sx.pp.setup_anndata(three)
     assert re.search(r"written into '.*a.h5ad', '.*b.zarr', '.*c.h5ad': 'uns/scvi_ext/format', ", logged())
+
+
+def test_a_fit_of_one_file_leaves_those_of_the_list_where_they_are(make_counts, tmp_path):
+    cells = make_counts()
+    paths = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    for path, part in zip(paths, (cells[:100], cells[100:]), strict=True):
+        part.copy().write_h5ad(path)
+    sx.pp.setup_anndata(paths, batch_key="batch")
+    sx.tl.fit(paths, max_epochs=1, n_hidden=8)
+    sx.tl.fit(paths[0], max_epochs=1, n_hidden=8, key_added="solo")
+    with pytest.warns(sx.ScviExtWarning, match="which is left out: they differ in 'fits/solo'"):
+        sx.tl.get_latent(paths)
+    assert list(sx.get.fits(paths[0]).index) == ["scvi", "solo"]
+    assert ad.read_h5ad(paths[1]).obsm["X_scvi"].shape == (101, 10)
+
+
+def test_an_empty_file_is_refused_as_it_is(tmp_path):
+    path = tmp_path / "empty.h5ad"
+    path.touch()
+    with pytest.raises(OSError, match=r"empty\.h5ad' is empty: it is no h5ad file"):
+        sx.pp.setup_anndata(path)
+    assert path.stat().st_size == 0
+
+
+def test_the_checkpoint_of_a_run_goes_when_its_fit_is_in_the_file(make_counts, tmp_path, monkeypatch):
+    """A process that is ended while the file is written to would else have lost the fit."""
+    path, checkpoint = tmp_path / "a.h5ad", tmp_path / "scvi.checkpoint"
+    make_counts().write_h5ad(path)
+    sx.pp.setup_anndata(path)
+    file = CheckpointFile(checkpoint, asked=False)
+    monkeypatch.setattr("scvi_ext.tl._fit.checkpoint_file", lambda *args, **options: file)
+    seen = []
+    original = files.write_changes
+    monkeypatch.setattr(files, "write_changes", lambda *args: seen.append(checkpoint.exists()) or original(*args))
+    sx.tl.fit(path, max_epochs=1, n_hidden=8)
+    assert seen == [True]
+    assert not checkpoint.exists()

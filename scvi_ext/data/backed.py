@@ -23,7 +23,7 @@ from scvi_ext.data.stacked import Stacked
 from scvi_ext.data.store import check_unique_genes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
 _SPARSE = ("csr_matrix", "csc_matrix", "csr", "csc")  # what anndata calls them, and has called them
@@ -62,6 +62,7 @@ class Backed(AnnData):
     def __init__(self, stores: Sequence[Any], sources: Sequence[Source], **slots: Any):
         super().__init__(**slots)
         self.stores, self.sources = tuple(stores), tuple(sources)
+        self.when_written: list[Callable[[], None]] = []  # what waits until results are in the files
 
     def copy(self, filename: str | PathLike | None = None) -> Backed:
         """The same with slots of its own, of the same files."""
@@ -364,20 +365,32 @@ def _tables_of_cells(tables: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _shared_uns(opened: list[_Opened]) -> dict[str, Any]:
-    """The entries that are the same in all; a warning says of this package's what differs, and none of it is used."""
+    """The entries that are the same in all; a warning says of this package's what is not, and is not used."""
     first, *others = [one.slots["uns"] for one in opened]
     shared = {key: value for key, value in first.items() if all(_equal(value, uns.get(key)) for uns in others)}
     if UNS.root not in shared and any(UNS.root in one.slots["uns"] for one in opened):
         roots = [_flat(one.slots["uns"].get(UNS.root, {})) for one in opened]
         places = dict.fromkeys(place for root in roots for place in root)
-        differing = [
-            place for place in places if not all(_equal(root.get(place), roots[0].get(place)) for root in roots)
-        ]
-        warn(
-            f"adata.uns[{UNS.root!r}] is not the same in these files, and is left out: they differ in "
-            f"{listing(differing, 3)}. Call pp.setup_anndata and tl.fit on all of them together, or read them one by "
-            "one."
-        )
+        same = {place for place in places if all(_equal(root.get(place), roots[0].get(place)) for root in roots)}
+        if UNS.setup in same:
+            shared[UNS.root] = _shared_root(first[UNS.root], same)
+        differing = [place for place in places if place not in same | {UNS.last_fit}]
+        left_out = "which is left out" if UNS.setup in same else "and all of it is left out"
+        if differing:
+            warn(
+                f"adata.uns[{UNS.root!r}] is not the same in these files, {left_out}: they differ in "
+                f"{listing(differing, 3)}. Call pp.setup_anndata and tl.fit on all of them together, or read them one "
+                "by one."
+            )
+    return shared
+
+
+def _shared_root(root: Mapping, same: set[str]) -> dict[str, Any]:
+    """Of the root of one file what is the same in all: its fits, the last of which counts as the last one."""
+    fits = {key: fit for key, fit in root.get(UNS.fits, {}).items() if f"{UNS.fits}/{key}" in same}
+    shared = {key: value for key, value in root.items() if key in same}
+    if fits:
+        shared |= {UNS.fits: fits, UNS.last_fit: shared.get(UNS.last_fit, list(fits)[-1])}
     return shared
 
 

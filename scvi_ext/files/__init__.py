@@ -151,6 +151,8 @@ def _call(
         try:
             for snapshot in snapshots:
                 _write_back(snapshot.adata, list(snapshot.changes()))
+                for then in snapshot.adata.when_written:
+                    then()
         finally:
             for one in files:
                 one.spools.close()

@@ -47,6 +47,9 @@ def check_writable(path: str | os.PathLike) -> None:
             raise PermissionError(msg)
     if is_zarr(found):
         return
+    if found.stat().st_size == 0:
+        msg = f"{str(found)!r} is empty: it is no h5ad file. Get it again."
+        raise OSError(msg)
     try:
         h5py.File(found, "r+").close()
     except OSError as error:

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from scvi_ext.tl._train import Prepared
 
 _EVERY = 60  # seconds: what is lost with a process is at most this and an epoch
+_RENAMED = {"patience": "early_stopping"}  # of a run, what its option is called
+_OF_PLAN = {
+    "name": "plan",
+    "n_epochs": "max_epochs",
+    "batch_size": "batch_size",
+    "lr": "lr",
+    "weight_decay": "weight_decay",
+    "kl_warmup_steps": "kl_warmup",
+}
 _FIT = "scvi_ext.fit"  # of the header of a safetensors file, which holds text
 
 
@@ -50,6 +59,12 @@ class CheckpointFile:
         if not os.access(self.path if self.path.exists() else self.path.absolute().parent, os.W_OK):
             msg = f"checkpoint={str(self.path)!r} cannot be written: the file or its folder is read-only."
             raise PermissionError(msg)
+
+    def check_replaceable(self) -> None:
+        """Raise a ValueError if there is something else than a checkpoint."""
+        if self.path.is_file() and not _is_checkpoint(self.path):
+            msg = f"checkpoint={str(self.path)!r} exists and is no checkpoint: give another name, so that it stays."
+            raise ValueError(msg)
 
     @property
     def due(self) -> bool:
@@ -96,6 +111,14 @@ class CheckpointFile:
         """Remove the file if nobody asked for it."""
         if not self.asked:
             self.path.unlink(missing_ok=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return _FIT in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def checkpoint_file(
@@ -151,13 +174,22 @@ def go_on(start: Prepared, found: SavedFit) -> Prepared:
 def _differences(start: Prepared, found: SavedFit) -> str:
     """In what another fit is not the one that is wanted; empty if it is."""
     new = start.fits[0]
-    one, other = ({**_plain(fitted.config), **_plain(fitted.run)} for fitted in (found, new))
-    options = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-    if options or found.model != new.model or _plain(found.frozen) != _plain(new.frozen):
-        return f"was given other options: {listing(options or ['model'])}"
     if list(found.var_names) != list(new.var_names) or found.status["data"] != start.store.fingerprint():
         return "is of other data: cells, counts or covariates have changed since, or their order has"
+    one, other = _options(found), _options(new)
+    options = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+    if options & {"batch_size", "max_epochs", "train_size"}:
+        options.discard("kl_warmup")  # which is told in steps
+    if options or found.model != new.model or _plain(found.frozen) != _plain(new.frozen):
+        return f"was given other options: {listing(sorted(options) or ['model'])}"
     return ""
+
+
+def _options(fitted: SavedFit) -> dict[str, Any]:
+    """What a fit was given, under the names of the arguments of ``tl.fit``."""
+    run, plan = _plain(fitted.run), _plain(fitted.run["plan"])
+    own = {_RENAMED.get(name, name): value for name, value in run.items() if name != "plan"}
+    return {**_plain(fitted.config), **own, **{theirs: plan.get(ours) for ours, theirs in _OF_PLAN.items()}}
 
 
 def _plain(value: object) -> Any:

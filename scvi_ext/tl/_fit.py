@@ -180,6 +180,8 @@ def fit(
     options["checkpoint"] = checkpoint is True
     with quiet_unless_first(team):
         kept = file.read() if file is not None and resume else None
+        if file is not None and kept is None:
+            file.check_replaceable()
         if resume is True:
             start = Prepared(
                 *reopen_joint(adata, key_added, model, asked)

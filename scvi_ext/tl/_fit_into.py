@@ -61,7 +61,9 @@ def fit_into(
     for part, fitted in zip(parts, fits, strict=True):
         results.write_fit(part, fitted)
     if file is not None and team.is_first and done.stop_reason != "interrupted":
-        file.remove()
+        # What is in a file already, a process that ends while it is written to can be asked for again.
+        later = getattr(adata, "spools", None) and adata.when_written
+        file.remove() if later is None else later.append(file.remove)
     if file is not None and not isinstance(done.failure, LostProcessError):
         team.wait()  # a process that goes ahead would find the file as it was before
     _report(done, fits[0], start, file)

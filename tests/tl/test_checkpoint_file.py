@@ -328,10 +328,10 @@ def begun(fresh, path, at_step):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"max_epochs": 5}, "'plan'"),
+        ({"max_epochs": 5}, r": 'max_epochs'\."),
         ({"n_latent": 3}, "'n_latent'"),
         ({"seed": 4, "train_size": 0.8}, "'seed', 'train_size'"),
-        ({"early_stopping": True}, "'patience'"),
+        ({"early_stopping": True}, r": 'early_stopping'\."),
         ({"model": "ldvae", "key_added": "scvi"}, "."),
     ],
     ids=str,
@@ -549,6 +549,16 @@ def test_time_is_not_what_the_file_depends_on(fresh, path, monkeypatch, uninterr
     adata = fresh()
     sx.tl.fit(adata, checkpoint=path, **RUN)
     assert_same_fit(adata, uninterrupted())
+
+
+def test_nothing_but_a_checkpoint_is_overwritten(registered, tmp_path):
+    path = tmp_path / "precious.h5ad"
+    registered.write_h5ad(path)
+    before = path.read_bytes()
+    for target in (registered, path):
+        with pytest.raises(ValueError, match=r"precious\.h5ad' exists and is no checkpoint: give another name"):
+            sx.tl.fit(target, max_epochs=1, checkpoint=path)
+    assert path.read_bytes() == before
 
 
 def test_what_a_process_left_that_was_killed_while_it_wrote_is_taken_away(registered, tmp_path):
