@@ -288,7 +288,8 @@ class _Loop:
         try:
             with training_as(Ranks()):
                 _agreed(self.step.team, partial(_find_remedy, self, epoch, origin))
-        except UnreadableRowsError as error:
+        except UnreadableRowsError as error:  # in the middle of it
+            start.restore(self)
             progress.failure, progress.stop_reason = error, "interrupted"
         self._leave_out(progress.excluded)
 

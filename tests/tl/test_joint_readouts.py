@@ -307,8 +307,8 @@ def test_data_sets_of_different_fits_are_refused(datasets, make_counts, fitted, 
         ask({"a": datasets["a"], "b": fitted})
     with pytest.raises(ValueError, match="no data sets"):
         ask({})
-    with pytest.raises(TypeError, match="'b' is a str"):
-        ask({"a": datasets["a"], "b": "file.h5ad"})
+    with pytest.raises(TypeError, match="'b' is a int"):
+        ask({"a": datasets["a"], "b": 5})
     again = fit(make_counts, seed=9)
     with pytest.raises(ValueError, match="were not trained together"):
         ask({"a": datasets["a"], "b": again["b"]})

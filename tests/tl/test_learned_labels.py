@@ -111,12 +111,13 @@ def test_cells_that_nobody_is_sure_of_are_left_without_a_label(partly):
     sx.tl.fit(partly, "scanvi", **SHORT)
     sx.tl.classify(partly)
     confidence = partly.obs["scanvi_confidence"].to_numpy()
-    threshold = float(np.median(confidence))
+    # Between two cells: on some processors products differ in the last bit from call to call.
+    threshold = float(np.sort(confidence)[len(confidence) // 2 :][:2].mean(dtype=np.float64))
     sx.tl.classify(partly, min_confidence=threshold, key_added="sure")
     unsure = fitted_labels(partly, "sure") == "?"
     np.testing.assert_array_equal(unsure, confidence < threshold)
     np.testing.assert_array_equal(fitted_labels(partly, "sure")[~unsure], fitted_labels(partly, "scanvi")[~unsure])
-    np.testing.assert_array_equal(partly.obs["sure_confidence"], confidence)
+    np.testing.assert_allclose(partly.obs["sure_confidence"], confidence, rtol=1e-6)
 
 
 def test_only_the_chosen_cells_are_classified(partly):
@@ -187,16 +188,16 @@ def test_an_interrupted_run_goes_on_exactly(partly, model, monkeypatch):
 
     options = SHORT | {"max_epochs": 4, "n_samples_per_label": 9}
     whole = sx.tl.fit(partly, model, copy=True, checkpoint=True, **options)
-    real = engine._evaluate
+    real = engine._Loop._evaluate
 
-    def interrupt(step, epochs, held_out, epoch):
+    def interrupt(loop, epoch):
         if epoch == 1:
             import _thread
 
             _thread.interrupt_main()
-        return real(step, epochs, held_out, epoch)
+        return real(loop, epoch)
 
-    monkeypatch.setattr(engine, "_evaluate", interrupt)
+    monkeypatch.setattr(engine._Loop, "_evaluate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sx.tl.fit(partly, model, **options)
     monkeypatch.undo()
