@@ -14,7 +14,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from scvi_ext._errors import first_line, listing, missing_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from anndata import AnnData
 
@@ -197,19 +197,25 @@ def read_rows(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
 
 
 def _read_disk_rows(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
-    """Files are read forwards, each row once and in contiguous pieces; the order asked for is restored in memory."""
     if len(rows) == 0:
         return sp.csr_matrix((0, matrix.shape[1]), dtype=np.float32)
+    return in_order(rows, lambda start, stop: _counts(read_slice(matrix, start, stop)), _chunk_rows(matrix))
+
+
+def in_order(rows: np.ndarray, read: Callable[[int, int], sp.csr_matrix], chunk: int) -> sp.csr_matrix:
+    """Some rows of a file through ``read(start, stop)``, which gives consecutive ones, at most ``chunk`` at a time.
+
+    Files are read forwards, each row once and in contiguous pieces; the order asked for is restored in memory.
+    """
     ordered, position = np.unique(rows, return_inverse=True)
-    chunk = _chunk_rows(matrix)
     breaks = np.flatnonzero((np.diff(ordered) > _GAP) | (np.diff(ordered // chunk) > 0)) + 1
     pieces = []
     for piece in np.split(ordered, breaks):
         first, stop = int(piece[0]), int(piece[-1]) + 1
-        read = _counts(read_slice(matrix, first, stop))
-        pieces.append(read if len(piece) == stop - first else read[piece - first])
-    read = sp.vstack(pieces, format="csr") if len(pieces) > 1 else pieces[0]
-    return read if np.array_equal(position, np.arange(len(ordered))) else read[position]
+        found = read(first, stop)
+        pieces.append(found if len(piece) == stop - first else found[piece - first])
+    found = sp.vstack(pieces, format="csr") if len(pieces) > 1 else pieces[0]
+    return found if np.array_equal(position, np.arange(len(ordered))) else found[position]
 
 
 def read_all(matrix: Any) -> sp.csr_matrix:

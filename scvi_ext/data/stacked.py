@@ -10,13 +10,12 @@ import numpy as np
 import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 
-from scvi_ext.data.matrix import on_disk, place, read_slice, rows_of
+from scvi_ext.data.matrix import in_order, on_disk, place, read_slice, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _CHUNK_ENTRIES = 2**24  # of some columns of all rows: whole rows are read, 64 MB at a time when dense
-_GAP = 128  # rows: reading on over a shorter gap is cheaper than a second access
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +100,8 @@ class Stacked(CSRDataset):
             raise IndexError(msg)
         if len(rows) == 0:
             return self._stretch(0, 0, columns)
-        # Files are read forwards, each row once and in contiguous pieces; the order is restored in memory.
-        ordered, position = np.unique(rows % len(self), return_inverse=True)
-        runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > _GAP) + 1)
-        read = [self._stretch(run[0], run[-1] + 1, columns)[run - run[0]] for run in runs]
-        return sp.vstack(read, format="csr")[position]
+        chunk = max(1, _CHUNK_ENTRIES // max(1, self.shape[1]))
+        return in_order(rows % len(self), lambda start, stop: self._stretch(start, stop, columns), chunk)
 
     def to_memory(self) -> sp.csr_matrix:
         """Everything, as one CSR matrix."""
