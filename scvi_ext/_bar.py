@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import TYPE_CHECKING
+
+from scvi_ext._torchrun import rank
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -17,7 +18,7 @@ def progress_bar(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tqdm.auto warns where a notebook lacks widgets, and falls back to text
         from tqdm.auto import tqdm
-    hidden = True if os.environ.get("RANK", "0") != "0" else None
+    hidden = None if rank() == 0 else True
     return tqdm(
         total=total, initial=done, desc=name, unit=unit, disable=hidden if show is None else not show, **options
     )

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anndata import AnnData
 
 from scvi_ext import io
 from scvi_ext._contract import SavedFit
 from scvi_ext._keys import UNS
+from scvi_ext.data.backed import is_path, open_backed
 from scvi_ext.data.registry import read_fit, read_root
+
+if TYPE_CHECKING:
+    from os import PathLike
 
 _OWN = "model.json"  # in every folder of write_model, and in none of scvi-tools
 
 
 def read_reference(reference: AnnData | SavedFit | str | PathLike, key: str | None = None) -> SavedFit:
-    """The fit of a reference; ``key`` chooses among those of an AnnData.
+    """The fit of a reference; ``key`` chooses among those of an AnnData, in memory or in a file.
 
     Raises
     ------
     FileNotFoundError
-        There is no model at this path.
+        There is nothing at this path.
     KeyError
         The AnnData has no such fit.
     TypeError
@@ -29,6 +33,9 @@ def read_reference(reference: AnnData | SavedFit | str | PathLike, key: str | No
     ValueError
         ``key`` is given for what holds one fit only, or the file cannot be read.
     """
+    if _is_file_of_anndata(reference):
+        with open_backed(reference) as adata:
+            return read_reference(adata, key)
     if isinstance(reference, AnnData):
         if not read_root(reference).get(UNS.fits):
             msg = (
@@ -42,17 +49,21 @@ def read_reference(reference: AnnData | SavedFit | str | PathLike, key: str | No
         raise ValueError(msg)
     if isinstance(reference, SavedFit):
         return reference
-    if not isinstance(reference, str | PathLike):
+    if not is_path(reference):
         msg = (
             f"reference is a {type(reference).__name__}; an AnnData with a fit, what io.read_model or "
-            "io.read_scvi_tools returns, or the folder of a model is needed."
+            "io.read_scvi_tools returns, or the path of one of them is needed."
         )
         raise TypeError(msg)
     path = Path(reference).expanduser()
-    if path.suffix in (".h5ad", ".zarr"):
-        msg = f"{str(path)!r} holds an AnnData: read it with anndata, and pass that as the reference."
-        raise ValueError(msg)
     if not path.exists():
-        msg = f"The reference {str(path)!r} does not exist: give the folder that io.write_model or scvi-tools wrote."
+        msg = (
+            f"The reference {str(path)!r} does not exist: give an h5ad file or a zarr folder with a fit, or the folder "
+            "that io.write_model or scvi-tools wrote."
+        )
         raise FileNotFoundError(msg)
     return io.read_model(path) if (path / _OWN).is_file() else io.read_scvi_tools(path)
+
+
+def _is_file_of_anndata(reference: object) -> bool:
+    return is_path(reference) and Path(reference).suffix in (".h5ad", ".zarr")

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # ---- the floors ----------------------------------------------------------------------------------------------------
 
-F0 = {"_bar", "_contract", "_keys", "_errors", "_settings"}
+F0 = {"_bar", "_contract", "_keys", "_errors", "_settings", "_torchrun"}
 F1 = {"kernels", "functional"}
 F6 = {"pp", "tl", "pl", "get", "io", "metrics", "datasets"}
 BELOW_F5 = F0 | F1 | {"nn", "models", "data", "engine"}
@@ -29,6 +29,7 @@ BELOW_F5 = F0 | F1 | {"nn", "models", "data", "engine"}
 # Room (a file or folder of the package) -> rooms it may import from, besides itself.
 MAY_IMPORT = {
     **{room: set() for room in F0},
+    "_bar": {"_torchrun"},
     "kernels": F0,  # speaks of tensors only
     "functional": F0 | {"kernels"},
     "nn": F0 | F1,

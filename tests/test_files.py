@@ -25,7 +25,6 @@ from scvi_ext import files
 from scvi_ext.engine import map_cells
 from scvi_ext.files import spool, writing
 from scvi_ext.models.scvi import VAE
-from scvi_ext.tl._checkpoint import CheckpointFile
 
 QUICK = {"n_hidden": 8, "n_latent": 3, "max_epochs": 2, "progress": False}
 
@@ -331,7 +330,7 @@ def test_a_file_that_is_open_elsewhere_is_refused_before_the_work(registered, tm
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
-def test_a_fit_that_cannot_be_written_is_not_lost(registered, tmp_path, monkeypatch, suffix):
+def test_a_fit_that_cannot_be_written_is_not_lost(registered, tmp_path, monkeypatch, logged, suffix):
     path = write(registered, tmp_path / f"one.{suffix}")
     original, others = writing.write_changes, []
 
@@ -356,6 +355,10 @@ def test_a_fit_that_cannot_be_written_is_not_lost(registered, tmp_path, monkeypa
     registered.uns["scvi_ext"]["fits"] = rescued.uns["scvi_ext"]["fits"]
     sx.tl.get_latent(registered)
     assert "fits" not in read(path).uns["scvi_ext"]
+    monkeypatch.setattr(files, "write_changes", original)
+    sx.tl.fit(path, resume="auto", **QUICK)
+    assert "was finished already: taken from" in logged()
+    assert list(sx.get.fits(path).index) == ["scvi"]
 
 
 def test_an_interrupted_fit_is_written(registered, tmp_path, monkeypatch):
@@ -373,6 +376,25 @@ def test_an_interrupted_fit_is_written(registered, tmp_path, monkeypatch):
     assert sx.get.fits(path).loc["scvi", "stop_reason"] == "interrupted"
     sx.tl.get_latent(path)
     assert list(read(path).obsm) == ["X_scvi"]
+
+
+@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_who_asks_to_stop_while_results_are_written_waits_until_they_are(
+    registered, tmp_path, monkeypatch, signum, raised
+):
+    path, write_elem = write(registered, tmp_path / "one.h5ad"), writing.write_elem
+
+    def asked(store, key, value):
+        if key == writing._NEW:
+            signal.raise_signal(signum)
+        write_elem(store, key, value)
+
+    sx.tl.fit(path, **QUICK)
+    monkeypatch.setattr(writing, "write_elem", asked)
+    with pytest.raises(raised):
+        sx.tl.get_elbo(path, return_mean=False)
+    assert "scvi_elbo" in read(path).obs
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # ---- read-outs that go to disk as they come ------------------------------------------------------------------------
@@ -413,7 +435,6 @@ import os, signal, sys
 import scvi_ext as sx
 from scvi_ext.files import spool, writing
 from scvi_ext.models.scvi import VAE
-from scvi_ext.tl._checkpoint import CheckpointFile
 
 path, kind = sys.argv[1:]
 writing._AT_ONCE = 60 * 4 * 16  # bytes: 16 cells
@@ -562,18 +583,3 @@ def test_an_empty_file_is_refused_as_it_is(tmp_path):
     with pytest.raises(OSError, match=r"empty\.h5ad' is empty: it is no h5ad file"):
         sx.pp.setup_anndata(path)
     assert path.stat().st_size == 0
-
-
-def test_the_checkpoint_of_a_run_goes_when_its_fit_is_in_the_file(make_counts, tmp_path, monkeypatch):
-    """A process that is ended while the file is written to would else have lost the fit."""
-    path, checkpoint = tmp_path / "a.h5ad", tmp_path / "scvi.checkpoint"
-    make_counts().write_h5ad(path)
-    sx.pp.setup_anndata(path)
-    file = CheckpointFile(checkpoint, asked=False)
-    monkeypatch.setattr("scvi_ext.tl._fit.checkpoint_file", lambda *args, **options: file)
-    seen = []
-    original = files.write_changes
-    monkeypatch.setattr(files, "write_changes", lambda *args: seen.append(checkpoint.exists()) or original(*args))
-    sx.tl.fit(path, max_epochs=1, n_hidden=8)
-    assert seen == [True]
-    assert not checkpoint.exists()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _SPARSE = ("csr_matrix", "csc_matrix", "csr", "csc")  # what anndata calls them, and has called them
 _ZARR = "zarr>=2.18.7"
+_TABLES = ("obs", "var", "obsm", "varm", "obsp", "varp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +58,37 @@ class Backed(AnnData):
         Those of the AnnData.
     """
 
+    written_back = False  # whether what is assigned goes into the files when the call that opened them is done
     spools = None  # where read-outs of all cells are put as they come, instead of into memory
 
     def __init__(self, stores: Sequence[Any], sources: Sequence[Source], **slots: Any):
         super().__init__(**slots)
         self.stores, self.sources = tuple(stores), tuple(sources)
-        self.when_written: list[Callable[[], None]] = []  # what waits until results are in the files
+        self.waiting: list[Callable[[], None]] = []
+
+    def once_written(self, then: Callable[[], None]) -> None:
+        """Have something done when what is assigned is in the files; now, if it stays in memory."""
+        if self.written_back:
+            self.waiting.append(then)
+        else:
+            then()
+
+    def write_h5ad(self, filename: str | PathLike, **options: Any) -> None:
+        """Write everything into a file, the counts as they are read; those of several files are not put together."""
+        self._as_stored().write_h5ad(filename, **options)
+
+    write = write_h5ad
+
+    def write_zarr(self, store: Any, **options: Any) -> None:
+        """The same as a zarr folder."""
+        self._as_stored().write_zarr(store, **options)
 
     def copy(self, filename: str | PathLike | None = None) -> Backed:
         """The same with slots of its own, of the same files."""
         if filename is not None:
-            msg = "Only what is in memory is written: adata.to_memory().write_h5ad(...)."
+            msg = "A copy reads from the same files. To write one: adata.write_h5ad(...)."
             raise ValueError(msg)
-        tables = {slot: getattr(self, slot).copy() for slot in ("obs", "var", "obsm", "varm", "obsp", "varp")}
+        tables = {slot: getattr(self, slot).copy() for slot in _TABLES}
         layers = {name: _copied(layer) for name, layer in self.layers.items()}
         return Backed(
             self.stores, self.sources, X=_copied(self.X), layers=layers, uns=deepcopy(dict(self.uns)), **tables
@@ -77,7 +96,7 @@ class Backed(AnnData):
 
     def to_memory(self, copy: bool = False) -> AnnData:
         """Everything read into memory."""
-        tables = {slot: getattr(self, slot) for slot in ("obs", "var", "obsm", "varm", "obsp", "varp")}
+        tables = {slot: getattr(self, slot) for slot in _TABLES}
         tables = {name: table.copy() if copy else table for name, table in tables.items()}
         layers = {name: _read(layer) for name, layer in self.layers.items()}
         uns = dict(self.uns)
@@ -88,6 +107,18 @@ class Backed(AnnData):
         for store in self.stores:
             if isinstance(store, h5py.File):
                 store.close()
+
+    def _as_stored(self) -> AnnData:
+        """The same as AnnData's own class, which is what it can write."""
+        if any(isinstance(matrix, Stacked) for matrix in (self.X, *self.layers.values())):
+            msg = (
+                "The counts of several files cannot be written as those of one. Put the files together on disk, "
+                "anndata.experimental.concat_on_disk([...], 'all.h5ad'), or in memory, "
+                "adata.to_memory().write_h5ad(...)."
+            )
+            raise ValueError(msg)
+        tables = {slot: getattr(self, slot) for slot in _TABLES}
+        return AnnData(self.X, layers=dict(self.layers), uns=dict(self.uns), **tables)
 
     def __enter__(self) -> Backed:
         return self
@@ -209,12 +240,16 @@ def _open_hdf5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        reason = first_line(error)
-        advice = "It is open elsewhere for writing: close it there first."
-        if "to lock" not in reason and "already open" not in reason:
-            advice = "It is no h5ad file, or only a part of one (a download or a write that ended early): get it again."
-        msg = f"{str(path)!r} cannot be opened: {reason}. {advice}"
+        advice = advice_on(error, "It is open elsewhere for writing: close it there first.")
+        msg = f"{str(path)!r} cannot be opened: {first_line(error)}. {advice}"
         raise OSError(msg) from error
+
+
+def advice_on(error: OSError, if_open: str) -> str:
+    """What to do about a file that HDF5 does not open; ``if_open``: where somebody else has it open."""
+    if any(words in str(error) for words in ("to lock", "already open")):
+        return if_open
+    return "It is no h5ad file, or only a part of one (a download or a write that ended early): get it again."
 
 
 def _slots(store: Any, name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import scipy.sparse as sp
 
 from scvi_ext._errors import number
 from scvi_ext._settings import settings
+from scvi_ext._torchrun import n_on_this_machine
 from scvi_ext.data.matrix import on_disk, read_all, read_rows, row_chunks, unreadable
 from scvi_ext.data.memory import free_memory
 from scvi_ext.data.stacked import parts_of, where
@@ -29,7 +29,7 @@ _SHARE = 0.5  # of the memory that is free, for all processes that torchrun has 
 def memory_limit() -> int:
     """How many bytes of counts may be held in host memory."""
     if settings.memory_limit is None:
-        return int(free_memory() * _SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return int(free_memory() * _SHARE) // n_on_this_machine()
     limit = number("settings.memory_limit", settings.memory_limit)
     if not limit >= 0:
         msg = f"settings.memory_limit={settings.memory_limit!r} must be a number of gigabytes, 0 or more, or None."

@@ -31,11 +31,20 @@ def counts_matrix(adata: AnnData, layer: str | None, role: str = "", name: str =
     if layer is not None:
         if layer not in adata.layers:
             raise missing_key(f"{name}.layers", layer, adata.layers, role)
-        return adata.layers[layer]
+        return _still_open(adata.layers[layer])
     if adata.X is None:
         msg = f"{name}.X is None. Name the layer with the counts, layer=..., out of: {listing(adata.layers)}."
         raise TypeError(msg)
-    return adata.X
+    return _still_open(adata.X)
+
+
+def _still_open(matrix: Any) -> Any:
+    for part in getattr(matrix, "parts", (matrix,)):
+        node = getattr(part, "group", part)
+        if isinstance(node, h5py.Group | h5py.Dataset) and not node:
+            msg = "The file that the counts are in has been closed: open it again, e.g. by scvi_ext.io.read_backed."
+            raise ValueError(msg)
+    return matrix
 
 
 def on_disk(matrix: Any) -> bool:

@@ -131,14 +131,6 @@ def check_unique_genes(adata: AnnData, name: str = "adata") -> None:
         raise ValueError(msg)
 
 
-def check_in_memory(adata: AnnData, *, copy: bool) -> None:
-    """Raise a ValueError if writing takes a copy of an AnnData that is backed."""
-    if adata.isbacked and (adata.is_view or copy):
-        found = "a view of a backed AnnData" if adata.is_view else "backed, with copy=True"
-        msg = f"adata is {found}, which cannot be copied in memory as it is: call adata = adata.to_memory() first."
-        raise ValueError(msg)
-
-
 def _gene_order(adata: AnnData, var_names: Sequence[str] | None) -> np.ndarray | None:
     """Columns of ``adata`` in the order of ``var_names``; None if they are the columns as they stand."""
     if var_names is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import signal
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 
 from scvi_ext._bar import progress_bar
 from scvi_ext._contract import CLASSIFICATION, Stream
-from scvi_ext._errors import first_line, listing
+from scvi_ext._errors import listing
 from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.data.sampler import epoch_order, some_of_each_label
 from scvi_ext.data.stream import cells_of_run
@@ -24,7 +23,7 @@ from scvi_ext.engine.device import arithmetic
 from scvi_ext.engine.graph import make_runner
 from scvi_ext.engine.guard import MAX_ROLLBACKS, find_culprits
 from scvi_ext.engine.interrupt import deferred_interrupt
-from scvi_ext.engine.processes import ALONE, LostProcessError, lost
+from scvi_ext.engine.processes import ALONE, LostProcessError, noticing_loss
 from scvi_ext.engine.progress import Progress, load_checkpoint, make_checkpoint
 from scvi_ext.engine.step import TrainingStep, sums_of_parts
 from scvi_ext.functional.ranks import Ranks, training_as
@@ -158,7 +157,7 @@ def fit(
         if team.is_first:
             step.sums.copy_(torch.tensor(progress.sums, dtype=torch.float64))
     try:
-        with arithmetic(device, precision), training_as(team.ranks):
+        with noticing_loss(team), arithmetic(device, precision), training_as(team.ranks):
             step.begin_epoch(_schedule(plan, 0, 1.0), 0)
             step.lay_out(_agreed(team, lambda: source.first_piece(team.own(epochs.rows(train, 0)))))
             run, how, seconds_per_step = make_runner(step)
@@ -167,10 +166,6 @@ def fit(
             announce(seconds_per_step * steps, ", ".join(filter(None, (how, source.block.note))))
             loop = _Loop(step, source, run, plan, epochs, progress, train, validation, patience, after_epoch, keep)
             loop.carry_out(show_progress)
-    except RuntimeError as error:  # before the first step: what there is to keep is what the run began with
-        if team.n == 1 or not lost(error):
-            raise
-        raise _lost(team, error) from error
     finally:
         source.close()
     progress.stop_reason = progress.stop_reason or "finished"
@@ -239,21 +234,20 @@ class _Loop:
         started = time.perf_counter()
         row = None
         try:
-            self._steps(team.own(self.epochs.rows(self.train, epoch)), begin, interrupt, bar)
-            if progress.step == begin + self.plan.steps_per_epoch:
-                held_out = self._evaluate(epoch)
-                asked = step.sums.new_tensor([float(interrupt.requested)])
-                # The one host sync of the epoch.
-                row = team.sum(torch.cat([step.sums, held_out, _all_finite(step.module), asked])).tolist()
+            with noticing_loss(team):
+                self._steps(team.own(self.epochs.rows(self.train, epoch)), begin, interrupt, bar)
+                if progress.step == begin + self.plan.steps_per_epoch:
+                    held_out = self._evaluate(epoch)
+                    asked = step.sums.new_tensor([float(interrupt.requested)])
+                    # The one host sync of the epoch.
+                    row = team.sum(torch.cat([step.sums, held_out, _all_finite(step.module), asked])).tolist()
         except UnreadableRowsError as error:
             progress.failure = error
-        except RuntimeError as error:
-            if team.n == 1 or not lost(error):
-                raise
+        except LostProcessError as error:
             # The others were in the middle of a step, and so was this one: back to where all were alike.
             start.restore(self)
             load_generators(step.block.device, generators)
-            progress.stop_reason, progress.failure = "interrupted", _lost(team, error)
+            progress.stop_reason, progress.failure = "interrupted", error
             return
         if row is None:
             self._break_off(start)
@@ -364,14 +358,6 @@ def _agreed(team: Team, read: Callable[[], Any]) -> Any:
     if team.any(failure is not None):
         raise failure or UnreadableRowsError("Another process of this run could not read its cells: see its message.")
     return found
-
-
-def _lost(team: Team, error: RuntimeError) -> LostProcessError:
-    # "[where in the library] Connection closed by peer [1.2.3.4]:5. What one may do about it." of gloo
-    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0].rstrip(".")
-    return LostProcessError(
-        f"Another of the {team.n} processes of this run has ended, so that the others cannot go on ({reason})."
-    )
 
 
 def _schedule(plan: Plan, epoch: int, lr_factor: float) -> np.ndarray:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
 
+from scvi_ext._errors import first_line
+from scvi_ext._torchrun import local_rank, n_processes
 from scvi_ext.functional.ranks import Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
 
@@ -58,7 +62,8 @@ class Team:
         """Whether it is so in any process. All of them must ask."""
         if self.n == 1:
             return flag
-        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
+        with noticing_loss(self):
+            return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
     def average(self, gradients: Sequence[torch.Tensor]) -> None:
         """The mean over all processes, in place, in one go."""
@@ -71,7 +76,8 @@ class Team:
         if self.n == 1:
             return
         found: list[str | None] = [None] * self.n
-        distributed.all_gather_object(found, digest)
+        with noticing_loss(self):
+            distributed.all_gather_object(found, digest)
         others = [rank for rank, other in enumerate(found) if other != found[0]]
         if others:
             msg = (
@@ -83,14 +89,30 @@ class Team:
     def wait(self) -> None:
         """Go on when all processes have come here."""
         if self.n > 1:
-            distributed.barrier()
+            with noticing_loss(self):
+                distributed.barrier()
 
 
 ALONE = Team(Ranks(), torch.device("cpu"))
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether an error of an operation says that another process does not answer any more."""
+@contextmanager
+def noticing_loss(team: Team) -> Iterator[None]:
+    """Inside, an operation of all processes that one of them does not answer any more is a LostProcessError."""
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except RuntimeError as error:
+        if team.n == 1 or not _tells_of_loss(error):
+            raise
+        # "[where in the library] Connection closed by peer [1.2.3.4]:5. What one may do about it." of gloo
+        reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0].rstrip(".")
+        msg = f"Another of the {team.n} processes of this run has ended, so that the others cannot go on ({reason})."
+        raise LostProcessError(msg) from error
+
+
+def _tells_of_loss(error: RuntimeError) -> bool:
     return isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
 
 
@@ -102,20 +124,39 @@ def join(device: torch.device) -> Team:
     if not distributed.is_available():
         return ALONE
     if not distributed.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        if n_processes() == 1:
             return ALONE
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _meet(device)
     ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
     return Team(ranks, device) if ranks.n > 1 else ALONE
 
 
+def _meet(device: torch.device) -> None:
+    found = f"WORLD_SIZE={os.environ['WORLD_SIZE']} and RANK={os.environ['RANK']}"
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if absent:
+        msg = (
+            f"This process has {found} in its environment, as those that torchrun starts, but no "
+            f"{' and no '.join(absent)}: start the script by torchrun, or remove RANK to have it run alone."
+        )
+        raise ValueError(msg)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except distributed.DistError as error:
+        msg = (
+            f"The processes of this run did not find each other ({first_line(error)}). {found}: all of them must run "
+            "a script that calls tl.fit, or a function with the path of a file, and reach MASTER_ADDR."
+        )
+        raise LostProcessError(msg) from error
+
+
 def device_of_rank(device: torch.device) -> torch.device:
     """Of several CUDA devices that of this process, as ``torchrun`` numbers them on each machine."""
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+    local, n_devices = local_rank(), torch.cuda.device_count()
+    if device.type != "cuda" or local is None:
         return device
-    local, n_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= n_devices:
         msg = (
             f"This is process {local} of its machine (LOCAL_RANK, from 0), which has {n_devices} CUDA devices: start "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def load_checkpoint(
     load_module(module, arrays("module."))
     load_optimizer(module, optimizer, checkpoint)
     load_generators(device, checkpoint)
-    plain = json.loads(str(checkpoint["progress"][0]))
+    plain = _plain(checkpoint)
     # What held-out cells have said they would say again, after one epoch too many; all else may be tried again.
     ended = plain["stop_reason"] if plain["stop_reason"] == "early stopping" else ""
     plain["events"] = [
@@ -81,3 +81,12 @@ def load_checkpoint(
     return Progress(
         **plain | {"best_state": arrays("best.") or None, "stop_reason": ended, "ctrl_c": False, "terminated": False}
     )
+
+
+def step_of(checkpoint: Mapping[str, np.ndarray]) -> int:
+    """After how many steps it was made."""
+    return _plain(checkpoint)["step"]
+
+
+def _plain(checkpoint: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return json.loads(str(checkpoint["progress"][0]))

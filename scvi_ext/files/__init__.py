@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import os
+import signal
 from collections.abc import Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING
 
+from anndata import AnnData
+
 from scvi_ext._errors import first_line, listing
+from scvi_ext._torchrun import n_processes
 from scvi_ext.data.backed import Backed, is_path, open_backed
+from scvi_ext.engine.interrupt import deferred_interrupt
 from scvi_ext.files.changes import Snapshot
 from scvi_ext.files.spool import Spools
 from scvi_ext.files.writing import check_writable, rescue, write_changes
@@ -23,9 +27,11 @@ if TYPE_CHECKING:
     from scvi_ext.engine.processes import Team
     from scvi_ext.files.changes import Change
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def takes_files(function: Callable, namespace: str, *, together: bool = False) -> Callable:
-    """The same function of a namespace for an AnnData, and for the path of a file or several of them.
+    """The same function of a namespace for an AnnData, in memory or backed, and for the path of a file or several.
 
     What it writes goes into the files when it is done, or was interrupted. Of several processes the first writes, and
     calls the function for all of them unless they do so ``together``.
@@ -35,6 +41,8 @@ def takes_files(function: Callable, namespace: str, *, together: bool = False) -
     def call(*args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("adata")
         if not _names_files(given):
+            if _writes(function, kwargs):
+                _check_copied(given, copy=kwargs.get("copy", False))
             return function(*args, **kwargs)
         if args:
             return _on_files(function, given, args[1:], kwargs, together)
@@ -61,6 +69,15 @@ def _names_files(given: Any) -> bool:
     return all(found)
 
 
+def _check_copied(given: Any, *, copy: bool) -> None:
+    """Raise a ValueError if writing takes a copy of an AnnData that is backed."""
+    for adata in given.values() if isinstance(given, Mapping) else (given,):
+        if isinstance(adata, AnnData) and adata.isbacked and (adata.is_view or copy):
+            found = "a view of a backed AnnData" if adata.is_view else "backed, with copy=True"
+            msg = f"adata is {found}, which cannot be copied in memory as it is: call adata = adata.to_memory() first."
+            raise ValueError(msg)
+
+
 def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any], together: bool) -> Any:
     if kwargs.get("copy"):
         msg = "copy=True has no effect on files: leave it out, or read them, scvi_ext.io.read_backed(...)."
@@ -83,6 +100,8 @@ def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any
         for name, paths in parts.items():
             opened[name] = open_backed(paths) if _names_files(paths) else paths
         files = [adata for name, adata in opened.items() if _names_files(parts[name])]
+        for one in files:
+            one.written_back = writes
         adata = opened if isinstance(given, Mapping) else opened[""]
         if first:
             result = _call(function, adata, files, args, kwargs, writes, team)
@@ -103,7 +122,7 @@ def _on_files(function: Callable, given: Any, args: tuple, kwargs: dict[str, Any
 
 def _team() -> Team | None:
     """The processes that ``torchrun`` has started; None where this one is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if n_processes() == 1:
         return None
     from scvi_ext.engine.device import resolve_device
     from scvi_ext.engine.processes import device_of_rank, join
@@ -149,13 +168,18 @@ def _call(
         return result
     finally:  # a fit that Ctrl-C ends is written all the same
         try:
-            for snapshot in snapshots:
-                _write_back(snapshot.adata, list(snapshot.changes()))
-                for then in snapshot.adata.when_written:
-                    then()
+            with deferred_interrupt(_SIGNALS, patient=team is not None) as late:
+                for snapshot in snapshots:
+                    _write_back(snapshot.adata, list(snapshot.changes()))
+                    for then in snapshot.adata.waiting:
+                        then()
         finally:
             for one in files:
                 one.spools.close()
+        if late.terminated:
+            raise SystemExit(128 + signal.SIGTERM)
+        if late.requested:
+            raise KeyboardInterrupt
 
 
 def _then_close(blocks: Iterator, opened: Mapping[str, Any]) -> Iterator:

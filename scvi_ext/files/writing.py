@@ -18,7 +18,8 @@ from anndata import AnnData
 from anndata.io import write_elem
 
 from scvi_ext._errors import first_line
-from scvi_ext.data.backed import is_zarr, path_of, zarr_library
+from scvi_ext._torchrun import n_processes
+from scvi_ext.data.backed import advice_on, is_zarr, path_of, zarr_library
 from scvi_ext.files.spool import DTYPE, Spooled
 
 if TYPE_CHECKING:
@@ -53,10 +54,8 @@ def check_writable(path: str | os.PathLike) -> None:
     try:
         h5py.File(found, "r+").close()
     except OSError as error:
-        reason = first_line(error)
-        msg = f"{str(found)!r} cannot be opened for writing: {reason}."
-        if "to lock" in reason or "already open" in reason:
-            msg += " It is open here or in another process: close it there, adata.file.close() or .close(), first."
+        if_open = "It is open here or in another process: close it there, adata.file.close() or .close(), first."
+        msg = f"{str(found)!r} cannot be opened for writing: {first_line(error)}. {advice_on(error, if_open)}"
         raise OSError(msg) from error
 
 
@@ -173,8 +172,7 @@ class _File(ABC):
 
 def _opened(path: Path) -> h5py.File:
     """An h5ad file to write into: one that another process of the run is about to close is waited for."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    give_up = time.monotonic() + (0 if alone else _PATIENCE)
+    give_up = time.monotonic() + (_PATIENCE if n_processes() > 1 else 0)
     while True:
         try:
             return h5py.File(path, "r+")

@@ -46,8 +46,9 @@ def align_query(
     adata
         The query.
     reference
-        Annotated data with a fit, what :func:`~scvi_ext.io.read_model` or :func:`~scvi_ext.io.read_scvi_tools` returns,
-        or the folder of a model, written by :func:`~scvi_ext.io.write_model` or by scvi-tools.
+        Annotated data with a fit or the path of its h5ad file or zarr folder, what :func:`~scvi_ext.io.read_model` or
+        :func:`~scvi_ext.io.read_scvi_tools` returns, or the folder of a model, written by
+        :func:`~scvi_ext.io.write_model` or by scvi-tools.
     key
         Which fit of an AnnData; the last one by default.
     min_coverage

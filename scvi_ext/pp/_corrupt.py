@@ -13,7 +13,6 @@ from scvi_ext.data.audit import audit_counts
 from scvi_ext.data.corruption import Corruption, read_layer
 from scvi_ext.data.matrix import counts_matrix
 from scvi_ext.data.registry import Registry, read_root
-from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.device import resolve_seed
 from scvi_ext.functional.corruption import CORRUPTIONS
 
@@ -105,7 +104,6 @@ def corrupt(
         raise ValueError(msg)
     seed = resolve_seed(seed)
     known = read_root(adata).get(UNS.corruptions, {})
-    check_in_memory(adata, copy=copy)
     name = "corrupted" if key_added is None else valid_key(key_added)
     record = Corruption(name, layer, method, float(rate), seed)
     if name == layer or (name in adata.layers and name not in known):

@@ -17,7 +17,6 @@ from scvi_ext.data.matrix import read_all
 from scvi_ext.data.proteins import missing_proteins
 from scvi_ext.data.registry import Registry, codes, read_root, stale_slots
 from scvi_ext.data.store import (
-    check_in_memory,
     check_unique_genes,
     numeric_column,
     protein_matrix,
@@ -53,7 +52,7 @@ def register(
 ) -> AnnData | None:
     """Register counts and covariates; ``modalities`` of a MuData are written beside them."""
     one_of("check", check, ["error", "warn"])
-    _check_adata(adata, copy=copy)
+    _check_adata(adata)
     categorical = _keys("categorical_covariate_keys", categorical_covariate_keys)
     continuous = _keys("continuous_covariate_keys", continuous_covariate_keys)
     _check_roles(
@@ -98,7 +97,7 @@ def register(
     return adata if copy else None
 
 
-def _check_adata(adata: AnnData, *, copy: bool) -> None:
+def _check_adata(adata: AnnData) -> None:
     if not isinstance(adata, AnnData):
         kind = type(adata).__name__
         advice = " Call scvi_ext.pp.setup_mudata, for genes and proteins." if is_mudata(adata) else ""
@@ -107,7 +106,6 @@ def _check_adata(adata: AnnData, *, copy: bool) -> None:
     if adata.n_obs == 0 or adata.n_vars == 0:
         msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
         raise ValueError(msg)
-    check_in_memory(adata, copy=copy)
     check_unique_genes(adata)
     read_root(adata)
 

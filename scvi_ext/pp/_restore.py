@@ -7,7 +7,6 @@ from scvi_ext._errors import warn
 from scvi_ext._keys import UNS
 from scvi_ext.data.corruption import read_corruption
 from scvi_ext.data.registry import read_root, read_setup
-from scvi_ext.data.store import check_in_memory
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -56,7 +55,6 @@ def restore(adata: AnnData, *, corruption: str = "corrupted", copy: bool = False
     from scanpy import logging as logg
 
     read_corruption(adata, corruption)
-    check_in_memory(adata, copy=copy)
     if UNS.setup in read_root(adata) and read_setup(adata).layer == corruption:
         msg = (
             f"adata is set up to read adata.layers[{corruption!r}], which is removed: call pp.setup_anndata again "

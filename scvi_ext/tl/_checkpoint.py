@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from scanpy import logging as logg
 
 from scvi_ext._errors import first_line, listing
-from scvi_ext._keys import UNS
+from scvi_ext._keys import UNS, valid_key
+from scvi_ext._torchrun import rank
+from scvi_ext.data.backed import Backed
 from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.portable import FORMAT, encode, from_arrays, to_arrays
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
     from scvi_ext._contract import SavedFit
     from scvi_ext.engine.processes import Team
+    from scvi_ext.engine.progress import Progress
     from scvi_ext.tl._train import Prepared
 
 _EVERY = 60  # seconds: what is lost with a process is at most this and an epoch
@@ -61,10 +66,19 @@ class CheckpointFile:
             raise PermissionError(msg)
 
     def check_replaceable(self) -> None:
-        """Raise a ValueError if there is something else than a checkpoint."""
-        if self.path.is_file() and not _is_checkpoint(self.path):
+        """Raise a ValueError if there is something else than a checkpoint; say it if one gives way that can go on."""
+        if not self.path.is_file():
+            return
+        document = _document(self.path)
+        if document is None:
             msg = f"checkpoint={str(self.path)!r} exists and is no checkpoint: give another name, so that it stays."
             raise ValueError(msg)
+        status = document.get("status", {})
+        if status.get("stop_reason") == "interrupted":
+            logg.warning(
+                f"{str(self.path)!r} is of a run that was interrupted at step {status['steps']}, and is replaced by "
+                "this one; give resume=True to go on with that."
+            )
 
     @property
     def due(self) -> bool:
@@ -76,7 +90,7 @@ class CheckpointFile:
         arrays, document = to_arrays(fitted)
         content = save(arrays, metadata={_FIT: json.dumps(document, allow_nan=False)})
         # A name for each process of a run, so that one that was killed here leaves what the next one takes away.
-        beside = self.path.with_name(f".{self.path.name}.{os.environ.get('RANK', '0')}")
+        beside = self.path.with_name(f".{self.path.name}.{rank()}")
         try:
             with beside.open("wb") as file:
                 file.write(content)
@@ -112,30 +126,47 @@ class CheckpointFile:
         if not self.asked:
             self.path.unlink(missing_ok=True)
 
+    def is_left(self, adata: AnnData, done: Progress) -> bool:
+        """Whether it stays when a run has ended like this: if asked for, or if it has what is nowhere else."""
+        in_file = isinstance(adata, Backed) and adata.written_back and done.failure is None
+        return self.asked or (done.stop_reason == "interrupted" and not in_file)
 
-def _is_checkpoint(path: Path) -> bool:
+
+def _document(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None if it is something else, or cannot be read."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return _FIT in (file.metadata() or {})
+            return json.loads((file.metadata() or {}).get(_FIT, "null"))
     except (OSError, SafetensorError):
-        return False
+        return None
 
 
 def checkpoint_file(
-    checkpoint: bool | str | os.PathLike, key: str, team: Team, *, several: bool
+    checkpoint: bool | str | os.PathLike, adata: AnnData | Mapping[str, AnnData], key: str, team: Team
 ) -> CheckpointFile | None:
-    """Where a run is kept while it is under way; of several processes by default ``<key>.checkpoint``."""
+    """Where a run is kept while it is under way, if not in memory only."""
     if not isinstance(checkpoint, bool | str | os.PathLike):
         msg = (
             f"checkpoint={checkpoint!r} is a {type(checkpoint).__name__}; True, False or the path of a file is needed."
         )
         raise TypeError(msg)
+    several = isinstance(adata, Mapping)
     if isinstance(checkpoint, bool):
-        return CheckpointFile(f"{key}.checkpoint", asked=False) if team.n > 1 and not several else None
+        return None if several else _unasked(adata, key, team)
     if several:
         msg = f"checkpoint={str(checkpoint)!r} has no effect: a fit to several data sets is kept inside them only."
         raise ValueError(msg)
     return CheckpointFile(checkpoint)
+
+
+def _unasked(adata: AnnData, key: str, team: Team) -> CheckpointFile | None:
+    """Of a fit that goes into files: beside the first one. Of several processes: in the working directory else."""
+    valid_key(key)
+    if isinstance(adata, Backed) and adata.written_back:
+        data = adata.sources[0].path
+        if os.access(data.parent, os.W_OK):
+            return CheckpointFile(data.with_name(f"{data.name}.{key}.checkpoint"), asked=False)
+    return CheckpointFile(f"{key}.checkpoint", asked=False) if team.n > 1 else None
 
 
 def fit_inside(adata: AnnData, start: Prepared) -> SavedFit | None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from scvi_ext import models
 from scvi_ext._errors import one_of
-from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.device import resolve_device
 from scvi_ext.engine.interrupt import Interrupt, deferred_interrupt
 from scvi_ext.engine.processes import device_of_rank, join
@@ -106,9 +105,10 @@ def fit(
     checkpoint
         True: keep the state of optimiser and generators too (about twice the size of the weights). An interrupted run
         keeps it anyway. A path: besides, keep the run in this file while it is under way (once a minute, when an epoch
-        ends), so that it outlives its process.
+        ends), so that it outlives its process. Where ``adata`` is the path of a file, there is one beside it until the
+        fit is inside, ``<file>.<key_added>.checkpoint``; of several processes ``<key_added>.checkpoint`` else.
     resume
-        True: go on exactly where the fit ``key_added`` stopped, in ``adata`` or in the file ``checkpoint``; all other
+        True: go on exactly where the fit ``key_added`` stopped, in ``adata`` or in its checkpoint file; all other
         options are those of that run. ``"auto"``: go on where there is such a fit, which must have been given the same
         options, and begin where there is none: for scripts that are started again and again.
     progress
@@ -167,8 +167,6 @@ def fit(
     asked = {k: v for k, v in options.items() if k in _OF_RUN and v != OPTIONS[k]} | model_params
     check_datasets(adata, models.get(model))
     several = isinstance(adata, Mapping)
-    for part in adata.values() if several else ():
-        check_in_memory(part, copy=copy)
     if copy:
         adata = {name: part.copy() for name, part in adata.items()} if several else adata.copy()
     if several and resume == "auto":
@@ -176,7 +174,7 @@ def fit(
         raise ValueError(msg)
     target = device_of_rank(resolve_device(device))
     team = join(target)
-    file = checkpoint_file(checkpoint, model if key_added is None else key_added, team, several=several)
+    file = checkpoint_file(checkpoint, adata, model if key_added is None else key_added, team)
     options["checkpoint"] = checkpoint is True
     with quiet_unless_first(team):
         kept = file.read() if file is not None and resume else None
@@ -194,7 +192,7 @@ def fit(
             if found is not None:
                 start = go_on(start, found)
                 if is_finished(found):
-                    return take_over(adata, found, None if kept is None else file, copy=copy)
+                    return take_over(adata, found, None if kept is None else file, team, copy=copy)
         check_team(team, start)
         bar = progress if team.is_first else False
         # Of several processes, what ends all of them waits until what was trained is written: it comes with the loss of

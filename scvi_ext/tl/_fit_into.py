@@ -12,6 +12,7 @@ from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, warn
 from scvi_ext._keys import UNS
+from scvi_ext.data.backed import Backed
 from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.data.stream import placement
 from scvi_ext.engine.processes import ALONE, LostProcessError
@@ -19,6 +20,7 @@ from scvi_ext.functional import fused
 from scvi_ext.tl._train import train
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
     import torch
@@ -60,13 +62,12 @@ def fit_into(
         fits = [replace(fitted, key=f"{fitted.key}_interrupted") for fitted in fits]
     for part, fitted in zip(parts, fits, strict=True):
         results.write_fit(part, fitted)
-    if file is not None and team.is_first and done.stop_reason != "interrupted":
-        # What is in a file already, a process that ends while it is written to can be asked for again.
-        later = getattr(adata, "spools", None) and adata.when_written
-        file.remove() if later is None else later.append(file.remove)
+    left = file if file is not None and file.is_left(adata, done) else None
+    if team.is_first and file is not None and left is None:
+        _once_written(adata, file.remove)
     if file is not None and not isinstance(done.failure, LostProcessError):
         team.wait()  # a process that goes ahead would find the file as it was before
-    _report(done, fits[0], start, file)
+    _report(done, fits[0], start, left, _called(adata))
     where = f" of each of the data sets {listing(start.store.names)}" if several else ""
     logg.info(
         f"    {done.stop_reason} after {len(done.history)} epochs",
@@ -76,12 +77,33 @@ def fit_into(
     return done
 
 
-def take_over(adata: AnnData, found: SavedFit, file: CheckpointFile | None, *, copy: bool) -> AnnData | None:
+def take_over(
+    adata: AnnData, found: SavedFit, file: CheckpointFile | None, team: Team, *, copy: bool
+) -> AnnData | None:
     """A fit that was finished already: in ``adata`` itself, or in the file that another process has left."""
     if file is not None:
         results.write_fit(adata, found if found.run["checkpoint"] else replace(found, checkpoint=None))
+        team.wait()  # all have read it
+        if team.is_first:
+            _once_written(adata, file.remove)
     logg.info(f"fit {found.key!r} was finished already" + ("" if file is None else f": taken from {str(file.path)!r}"))
     return adata if copy else None
+
+
+def _once_written(adata: AnnData | Mapping[str, AnnData], then: Callable[[], None]) -> None:
+    """What is in no file yet, a process that is ended before it is written can be asked for again."""
+    if isinstance(adata, Backed):
+        adata.once_written(then)
+    else:
+        then()
+
+
+def _called(adata: AnnData | Mapping[str, AnnData]) -> str:
+    """What a user gives to ``tl.fit`` for it."""
+    if not (isinstance(adata, Backed) and adata.written_back):
+        return "adata"
+    first, *others = (repr(str(source.path)) for source in adata.sources)
+    return f"[{first}, ...]" if others else first
 
 
 def _log_start(start: Prepared) -> datetime:
@@ -98,7 +120,7 @@ def _log_start(start: Prepared) -> datetime:
 
 
 def _log_plan(start: Prepared, seconds: float, device: torch.device, how: str, team: Team) -> None:
-    plan, module = start.plan, start.module
+    plan, module, step = start.plan, start.module, start.step
     generates = Capability.COUNTS in start.spec.capabilities
     if generates:
         dtype = next(module.parameters()).dtype
@@ -106,10 +128,12 @@ def _log_plan(start: Prepared, seconds: float, device: torch.device, how: str, t
         how = ", ".join(filter(None, (*kernels, how)))
     shared = f", shared by {team.n} processes" if team.n > 1 else ""
     schedule = f"one cycle with peak {plan.lr:g}" if plan.one_cycle else f"constant {plan.lr:g}"
+    goes_on = f"    goes on after step {step} of {plan.n_steps}\n" if step is not None else ""
     kl_weight = f", final KL weight {plan.final_kl_weight:.3g}" if generates else ""
     logg.info(
         f"    plan {plan.name!r}: {plan.n_epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} cells"
         f"{shared}, learning rate {schedule}{kl_weight}\n"
+        f"{goes_on}"
         f"    {placement(start.store, device)}\n"
         f"    about {_duration(seconds)} on {device}{f', {how}' if how else ''}"
     )
@@ -131,14 +155,14 @@ def _is_finished(adata: AnnData, key: str) -> bool:
     return key in fits and read_fit(adata, key).status.get("stop_reason") != "interrupted"
 
 
-def _report(done: Progress, fitted: SavedFit, start: Prepared, file: CheckpointFile | None) -> None:
+def _report(done: Progress, fitted: SavedFit, start: Prepared, file: CheckpointFile | None, called: str) -> None:
     """Say aloud what a user must know about the run."""
     store = start.store
     if done.stop_reason == "interrupted":
         kept = f"{fitted.key!r}" if file is None else f"{fitted.key!r} and in {str(file.path)!r}"
         in_file = "" if file is None or not file.asked else f", checkpoint={str(file.path)!r}"
-        key = start.fits[0].key if in_file else fitted.key  # a file has it under the name that was asked for
-        advice = f"Go on with tl.fit(adata, {fitted.model!r}, key_added={key!r}{in_file}, resume=True)."
+        key = fitted.key if file is None else start.fits[0].key  # a file has it under the name that was asked for
+        advice = f"Go on with tl.fit({called}, {fitted.model!r}, key_added={key!r}{in_file}, resume=True)."
         logg.warning(f"interrupted at step {done.step}; what was trained is kept as {kept}. {advice}")
         if done.failure is not None:
             done.failure.add_note(f"What was trained until step {done.step} is kept as {kept}. {advice}")

@@ -14,7 +14,6 @@ from scvi_ext._errors import listing, one_of, warn, whole_number
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext.data.query import read_query
 from scvi_ext.data.registry import Registry, differing_slots, read_fit, read_root, read_setup, stale_slots
-from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.adapt import train_on_query
 from scvi_ext.engine.checkpoint import module_arrays
 from scvi_ext.engine.device import resolve_device, resolve_seed, seeded
@@ -85,8 +84,9 @@ def map_query(
     adata
         The query.
     reference
-        Annotated data with a fit, what :func:`~scvi_ext.io.read_model` or :func:`~scvi_ext.io.read_scvi_tools` returns,
-        or the folder of a model, written by :func:`~scvi_ext.io.write_model` or by scvi-tools.
+        Annotated data with a fit or the path of its h5ad file or zarr folder, what :func:`~scvi_ext.io.read_model` or
+        :func:`~scvi_ext.io.read_scvi_tools` returns, or the folder of a model, written by
+        :func:`~scvi_ext.io.write_model` or by scvi-tools.
     key
         Which fit of an AnnData; the last one by default.
     key_added
@@ -171,7 +171,6 @@ def map_query(
     one_of("check", check, ["error", "warn"])
     seed, target = resolve_seed(seed), resolve_device(device)
     read_root(adata)
-    check_in_memory(adata, copy=copy)
     trained = read_reference(reference, key)
     spec = models.get(trained.model)
     if Capability.JOINT in spec.capabilities:

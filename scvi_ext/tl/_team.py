@@ -40,7 +40,7 @@ def check_team(team: Team, start: Prepared) -> None:
     if team.n == 1:
         return
     fitted, batch_size = start.fits[0], start.plan.batch_size
-    about = {"model": fitted.model, "config": fitted.config, "run": fitted.run, "step": _step(start)}
+    about = {"model": fitted.model, "config": fitted.config, "run": fitted.run, "step": start.step}
     digest = sha256(json.dumps(encode(about), sort_keys=True).encode() + start.store.fingerprint().encode())
     team.check_alike(digest.hexdigest())
     if batch_size % team.n:
@@ -50,7 +50,3 @@ def check_team(team: Team, start: Prepared) -> None:
             "another multiple."
         )
         raise ValueError(msg)
-
-
-def _step(start: Prepared) -> int:
-    return -1 if start.checkpoint is None else json.loads(str(start.checkpoint["progress"][0]))["step"]

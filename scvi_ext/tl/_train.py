@@ -22,6 +22,7 @@ from scvi_ext.engine.checkpoint import module_arrays
 from scvi_ext.engine.device import check_precision, resolve_seed, seeded
 from scvi_ext.engine.map_cells import map_cells
 from scvi_ext.engine.processes import ALONE
+from scvi_ext.engine.progress import step_of
 from scvi_ext.functional.calibration import fit_temperature
 from scvi_ext.tl._prepare_fit import prepare
 from scvi_ext.tl._prepare_joint import prepare_joint, split_joint
@@ -79,6 +80,11 @@ class Prepared:
     def spec(self) -> ModelSpec:
         """The declaration of the model."""
         return models.get(self.fits[0].model)
+
+    @property
+    def step(self) -> int | None:
+        """Where a run goes on; None of a new one."""
+        return None if self.checkpoint is None else step_of(self.checkpoint)
 
     @property
     def blocks(self) -> Blocks | None:

@@ -9,7 +9,6 @@ from scanpy import logging as logg
 from scvi_ext import models, results
 from scvi_ext._errors import listing, number, whole_number
 from scvi_ext._keys import FitKeys, valid_key
-from scvi_ext.data.store import check_in_memory
 from scvi_ext.engine.device import resolve_seed
 from scvi_ext.engine.interrupt import deferred_interrupt
 from scvi_ext.tl._fit_into import fit_into
@@ -159,8 +158,6 @@ def tune(
     spec = models.get(model)
     check_datasets(adata, spec)
     several = isinstance(adata, Mapping)
-    for part in adata.values() if several else ():
-        check_in_memory(part, copy=copy)
     if "resume" in fit_options:
         msg = "tl.tune has no keyword 'resume': a search that is kept in storage goes on with the same call."
         raise TypeError(msg)

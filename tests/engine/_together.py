@@ -27,6 +27,7 @@ import scvi_ext as sx
 from scvi_ext._errors import ScviExtWarning
 from scvi_ext.data import store
 from scvi_ext.engine import fit as engine
+from scvi_ext.engine.processes import LostProcessError
 from scvi_ext.engine.step import TrainingStep
 from scvi_ext.models.scvi import VAE
 from scvi_ext.tl._checkpoint import CheckpointFile
@@ -199,7 +200,7 @@ def refused(call: Callable[[], object]) -> str:
     """The error of a call."""
     try:
         call()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, LostProcessError, KeyboardInterrupt) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -296,6 +297,23 @@ def four(folder: Path, rank: int) -> dict[str, Any]:
     return fitted("ldvae", folder)
 
 
+def left(folder: Path, rank: int) -> dict[str, Any]:
+    """What the first process is told, wherever it turns to the other one, which has ended."""
+    distributed.init_process_group("gloo", init_method=f"file://{Path('meeting').absolute()}", rank=rank, world_size=2)
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank)}
+    adata = cells("memory", folder)
+    if rank == 1:
+        os._exit(0)
+    path = "cells.h5ad"
+    adata.write_h5ad(path)
+    calls = {
+        "set-up": lambda: sx.pp.setup_anndata(path),
+        "fit": lambda: sx.tl.fit(adata, **CASES["scvi"].options),
+        "read-out": lambda: sx.tl.get_elbo(path, return_mean=False),
+    }
+    return {name: refused(call) for name, call in calls.items()}
+
+
 def under_way(folder: Path, rank: int, plan: str, resume: str) -> dict[str, Any]:
     """A fit that ends too soon: ``plan`` has for each attempt a step and what happens there, and to whom."""
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -334,8 +352,10 @@ def main() -> None:
     """Run a task as one of the processes, and keep what it has found."""
     torch.set_num_threads(1)
     task, folder, *arguments = sys.argv[1:]
-    rank = divide(4) if task == "four" else int(os.environ["RANK"])
-    found = {"everything": everything, "four": four, "under_way": under_way}[task](Path(folder), rank, *arguments)
+    divided = {"four": 4, "left": 2}
+    rank = divide(divided[task]) if task in divided else int(os.environ["RANK"])
+    tasks = {"everything": everything, "four": four, "left": left, "under_way": under_way}
+    found = tasks[task](Path(folder), rank, *arguments)
     Path(f"found{rank}").write_bytes(pickle.dumps(found))
 
 

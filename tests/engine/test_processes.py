@@ -22,7 +22,7 @@ from _tolerances import FIT_OF_SEVERAL_PROCESSES
 from engine import _together
 from engine._together import CASES, MARK, STEPS
 
-from scvi_ext.engine.processes import device_of_rank
+from scvi_ext.engine.processes import LostProcessError, device_of_rank, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +74,14 @@ def torchrun(folder: Path, task: str, *arguments: str, files: Path, attempt: int
     logs = [next((folder / "logs").glob(f"*/attempt_{attempt}/{rank}/stderr.log")) for rank in range(2)]
     found = [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
     return Started(process.returncode, found, [log.read_text() for log in logs], folder)
+
+
+def divided(task: str, folder: Path, files: Path, n: int) -> list[Any]:
+    """What the first of the processes find that a task divides itself into."""
+    run = [sys.executable, "-W", "error", _together.__file__, task, str(files)]
+    done = subprocess.run(run, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return [pickle.loads((folder / f"found{rank}").read_bytes()) for rank in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +162,7 @@ def test_processes_end_with_the_same_weights_to_the_bit(name, pair):
 
 
 def test_four_processes_train_what_one_does(tmp_path, files, alone):
-    run = [sys.executable, "-W", "error", _together.__file__, "four", str(files)]
-    done = subprocess.run(run, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    first, *others = (pickle.loads((tmp_path / f"found{rank}").read_bytes()) for rank in range(4))
+    first, *others = divided("four", tmp_path, files, 4)
     assert_close_fit(first, alone["ldvae"])
     for other in others:
         assert_same_fit(other, first)
@@ -252,6 +257,52 @@ def test_a_step_that_cannot_be_shared_is_refused_with_one_that_can(what, usable,
     message = f"ValueError: {n} cells of a step cannot be shared equally by 2 processes: give batch_size={usable}, or"
     for found in pair.found:
         assert found["refused"][what].startswith(message)
+
+
+def test_a_process_that_has_ended_is_noticed_outside_of_training_too(tmp_path, files):
+    (found,) = divided("left", tmp_path, files, 1)
+    for call in ("set-up", "fit", "read-out"):
+        assert found[call].startswith("LostProcessError: Another of the 2 processes of this run has ended, so that")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two', which is no number of processes"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 and RANK=1 in its environment.*no MASTER_ADDR and no MASTER"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node0"}, "no MASTER_PORT: start the script by torchrun, or"),
+    ],
+)
+def test_an_environment_that_is_half_torchruns_is_refused(monkeypatch, environment, message):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "", "RANK": ""}, {"WORLD_SIZE": "4"}, {"RANK": "0"}], ids=str)
+def test_an_environment_of_somebody_else_is_that_of_one_process(monkeypatch, environment):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert join(torch.device("cpu")).n == 1
+
+
+def test_processes_that_do_not_find_each_other_are_told(monkeypatch):
+    def alone(*arguments):
+        raise torch.distributed.DistStoreError("Timed out after 1801 seconds waiting for clients. 1/2 clients joined.")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", alone)
+    found = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        LostProcessError, match=r"did not find each other \(Timed out after 1801 seconds.*must run a script"
+    ):
+        join(torch.device("cpu"))
 
 
 # ---- what interrupts them ------------------------------------------------------------------------------------------

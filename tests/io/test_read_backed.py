@@ -134,6 +134,66 @@ def test_a_copy_reads_the_same_files_and_keeps_what_is_written_to_itself(whole, 
     np.testing.assert_array_equal(dense(one.copy().X), whole.X[:70])
 
 
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_file_can_be_written_as_another(whole, three, tmp_path, suffix, which):
+    path, target = three[which], tmp_path / f"copy.{suffix}"
+    with sx.io.read_backed(path) as adata:
+        adata.obs["new"] = np.arange(adata.n_obs)
+        adata.write_h5ad(target) if suffix == "h5ad" else adata.write_zarr(target)
+    with sx.io.read_backed(target) as copied, sx.io.read_backed(path) as adata:
+        assert "new" in copied.obs
+        assert type(copied.X) is type(adata.X) or suffix not in path
+        np.testing.assert_array_equal(dense(copied.X), dense(adata.X))
+        np.testing.assert_array_equal(dense(copied.layers["counts"]), dense(adata.layers["counts"]))
+        np.testing.assert_array_equal(copied.varm["loadings"], adata.varm["loadings"])
+
+
+def test_several_files_are_not_written_as_one_but_named_what_can(three, tmp_path):
+    adata = sx.io.read_backed(three)
+    for writes in (adata.write_h5ad, adata.write, adata.write_zarr):
+        with pytest.raises(ValueError, match=r"several files cannot be written.*concat_on_disk.*adata\.to_memory\(\)"):
+            writes(tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("n_files", [1, 3])
+def test_files_that_were_closed_are_said_to_be(registered, tmp_path, n_files):
+    cells = np.array_split(np.arange(registered.n_obs), n_files)
+    adata = sx.io.read_backed([write(registered[c], tmp_path / f"{i}.h5ad") for i, c in enumerate(cells)])
+    adata.close()
+    with pytest.raises(ValueError, match=r"file that the counts are in has been closed: open it again, e\.g\. by scvi"):
+        sx.tl.fit(adata, max_epochs=1)
+
+
+def test_a_part_of_the_cells_is_read_into_memory_when_it_is_used(registered, tmp_path):
+    path = write(registered, tmp_path / "cells.h5ad")
+    part = sx.io.read_backed(path)[20:150]
+    sx.tl.fit(part, max_epochs=1, n_hidden=8, seed=3)
+    other = registered[20:150].copy()
+    sx.tl.fit(other, max_epochs=1, n_hidden=8, seed=3)
+    assert sx.get.history(part)["elbo_train"].tolist() == sx.get.history(other)["elbo_train"].tolist()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda adata: sx.tl.fit(adata, max_epochs=1),
+        lambda adata: sx.tl.get_latent(adata),
+        lambda adata: sx.tl.get_normalized_expression(adata),
+        lambda adata: sx.tl.get_elbo(adata, return_mean=False),
+        lambda adata: sx.tl.map_query(adata, adata),
+        lambda adata: sx.pp.setup_anndata(adata),
+    ],
+)
+def test_writing_to_a_view_of_anndatas_own_backed_mode_is_refused_at_once(fitted, tmp_path, call):
+    backed = ad.read_h5ad(write(fitted, tmp_path / "cells.h5ad"), backed="r")
+    with pytest.raises(ValueError, match=r"a view of a backed AnnData.*adata\.to_memory\(\)"):
+        call(backed[:100])
+    assert sx.tl.get_elbo(backed[:100]) == pytest.approx(sx.tl.get_elbo(fitted, indices=range(100)))
+    backed.file.close()
+
+
 def writable(path) -> bool:
     try:
         h5py.File(path, "r+").close()

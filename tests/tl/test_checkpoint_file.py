@@ -18,6 +18,8 @@ import torch
 from safetensors.numpy import save_file
 
 import scvi_ext as sx
+from scvi_ext import files
+from scvi_ext.data import store
 from scvi_ext.models.scvi import VAE
 from scvi_ext.tl import _checkpoint
 from scvi_ext.tl._checkpoint import CheckpointFile
@@ -565,3 +567,135 @@ def test_what_a_process_left_that_was_killed_while_it_wrote_is_taken_away(regist
     (tmp_path / ".run.checkpoint.0").write_bytes(b"half of it")
     sx.tl.fit(registered, max_epochs=2, n_hidden=8, checkpoint=tmp_path / "run.checkpoint")
     assert [path.name for path in tmp_path.iterdir()] == ["run.checkpoint"]
+
+
+# ---- without being asked -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_file(counts, tmp_path):
+    """``in_file(name)``: the path of the cells in a file, set up."""
+
+    def in_file(name: str) -> Path:
+        path = tmp_path / name
+        counts.write_zarr(path) if path.suffix == ".zarr" else counts.write_h5ad(path)
+        sx.pp.setup_anndata(path, batch_key="batch")
+        return path
+
+    return in_file
+
+
+def fit_in(path: Path) -> ad.AnnData:
+    return ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
+
+
+@pytest.mark.parametrize("name", ["cells.h5ad", "cells.zarr"])
+def test_a_fit_by_path_is_kept_beside_its_file_until_it_is_inside(in_file, name, at_step, writings, uninterrupted):
+    path = in_file(name)
+    beside = path.with_name(f"{name}.scvi.checkpoint")
+    at_step(7, kill)
+    with pytest.raises(Killed):
+        sx.tl.fit(path, **RUN)
+    assert beside.exists()
+    assert "fits" not in fit_in(path).uns["scvi_ext"]
+    at_step(0)
+    sx.tl.fit(path, resume="auto", **RUN)
+    assert writings == [(4, "interrupted", 1), *((4 * n, "interrupted", n) for n in (2, 3, 4)), (16, "finished", 4)]
+    assert_same_fit(fit_in(path), uninterrupted())
+    assert [entry.name for entry in path.parent.iterdir()] == [name]
+
+
+def test_it_stays_until_the_fit_is_in_the_file(in_file, monkeypatch):
+    """A process that is ended while the file is written to would else have lost the fit."""
+    path, seen, plain = in_file("cells.h5ad"), [], files.write_changes
+
+    def look(*arguments):
+        seen.append(path.with_name("cells.h5ad.scvi.checkpoint").exists())
+        plain(*arguments)
+
+    monkeypatch.setattr(files, "write_changes", look)
+    sx.tl.fit(path, **RUN)
+    assert seen == [True]
+    assert [entry.name for entry in path.parent.iterdir()] == ["cells.h5ad"]
+
+
+def test_ctrl_c_leaves_a_fit_by_path_in_its_file_alone(in_file, at_step, ctrl_c, uninterrupted, logged):
+    path = in_file("cells.h5ad")
+    at_step(7, ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        sx.tl.fit(path, **RUN)
+    assert f"kept as 'scvi'. Go on with tl.fit({str(path)!r}, 'scvi', key_added='scvi', resume=True)" in logged()
+    assert [entry.name for entry in path.parent.iterdir()] == ["cells.h5ad"]
+    sx.tl.fit(path, "scvi", key_added="scvi", resume=True)
+    assert "goes on after step 7 of 16" in logged()
+    assert_same_fit(fit_in(path), uninterrupted())
+
+
+def test_a_file_that_is_damaged_under_a_fit_may_be_replaced_by_a_copy(in_file, at_step, uninterrupted, monkeypatch):
+    """What was trained is in the damaged file, and beside it."""
+    path, copy = in_file("cells.h5ad"), in_file("copy.h5ad")
+    monkeypatch.setattr(sx.settings, "memory_limit", 0)
+    monkeypatch.setattr(store, "BLOCK_BYTES", 10_000)
+
+    def damage():
+        with path.open("r+b") as raw:
+            raw.truncate(path.stat().st_size // 3)
+
+    sx.tl.fit(copy, key_added="whole", **RUN)
+    sx.tl.fit(copy, **RUN)
+    expected = fit_in(copy)
+    in_file("copy.h5ad")
+    at_step(7, damage)
+    with pytest.raises(OSError, match="could not be written to") as caught:
+        sx.tl.fit(path, **RUN)
+    at_step(0)
+    advice = f"Go on with tl.fit({str(path)!r}, 'scvi', key_added='scvi', resume=True)"
+    assert any(advice in note for note in caught.value.__context__.__notes__)
+    copy.replace(path)
+    sx.tl.fit(path, "scvi", key_added="scvi", resume=True)
+    assert_same_fit(fit_in(path), expected)
+    assert not path.with_name("cells.h5ad.scvi.checkpoint").exists()
+
+
+def test_a_run_that_can_go_on_does_not_give_way_unsaid(in_file, at_step, logged):
+    path = in_file("cells.h5ad")
+    at_step(7, kill)
+    with pytest.raises(Killed):
+        sx.tl.fit(path, **RUN)
+    at_step(0)
+    sx.tl.fit(path, **RUN)
+    assert "cells.h5ad.scvi.checkpoint' is of a run that was interrupted at step 4, and is replaced" in logged()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_where_the_folder_is_read_only_there_is_none(in_file, writings, monkeypatch, writable):
+    path, plain = in_file("cells.h5ad"), os.access
+    monkeypatch.setattr(os, "access", lambda place, mode: plain(place, mode) and (writable or place != path.parent))
+    sx.tl.fit(path, **RUN)
+    assert bool(writings) == writable
+
+
+def test_an_object_that_was_read_backed_has_none(in_file, writings):
+    path = in_file("cells.h5ad")
+    with sx.io.read_backed(path) as adata:
+        sx.tl.fit(adata, **RUN)
+    assert writings == []
+
+
+def test_a_name_that_no_file_can_have_is_refused_as_a_name(in_file):
+    path = in_file("cells.h5ad")
+    with pytest.raises(ValueError, match="key_added='a/b' must be a name"):
+        sx.tl.fit(path, key_added="a/b", **RUN)
+
+
+def test_what_is_left_of_a_run_that_was_over_is_taken_away(in_file, monkeypatch, uninterrupted):
+    """Its process ended when the fit was complete, and not yet in the file."""
+    path, plain = in_file("cells.h5ad"), files.write_changes
+    monkeypatch.setattr(files, "write_changes", lambda *arguments: kill())
+    with pytest.raises(Killed):
+        sx.tl.fit(path, **RUN)
+    monkeypatch.setattr(files, "write_changes", plain)
+    assert kept(path.with_name("cells.h5ad.scvi.checkpoint")).status["stop_reason"] == "finished"
+    sx.tl.fit(path, resume="auto", **RUN)
+    assert_same_fit(fit_in(path), uninterrupted())
+    assert [entry.name for entry in path.parent.iterdir()] == ["cells.h5ad"]

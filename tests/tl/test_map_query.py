@@ -329,7 +329,10 @@ def test_genes_of_the_same_name_are_refused(pair):
 def test_every_kind_of_reference_is_the_same(pair, tmp_path):
     reference, query = pair
     sx.io.write_model(reference, tmp_path / "model")
+    reference.write_h5ad(tmp_path / "reference.h5ad")
+    reference.write_zarr(tmp_path / "reference.zarr")
     kinds = [reference, tmp_path / "model", str(tmp_path / "model"), sx.io.read_model(tmp_path / "model")]
+    kinds += [tmp_path / "reference.h5ad", str(tmp_path / "reference.zarr")]
     found = [read_fit(sx.tl.map_query(query, kind, copy=True, **QUICK)).state for kind in kinds]
     for state in found[1:]:
         for key, array in found[0].items():
@@ -340,8 +343,10 @@ def test_every_kind_of_reference_is_the_same(pair, tmp_path):
         sx.tl.map_query(query, 3)
     with pytest.raises(FileNotFoundError):
         sx.tl.map_query(query, tmp_path / "nothing")
-    with pytest.raises(ValueError, match="read it with anndata"):
-        sx.tl.map_query(query, tmp_path / "reference.h5ad")
+    with pytest.raises(KeyError, match="other"):
+        sx.tl.map_query(query, tmp_path / "reference.h5ad", key="other")
+    with pytest.raises(FileNotFoundError, match=r"elsewhere\.h5ad' does not exist"):
+        sx.tl.map_query(query, tmp_path / "elsewhere.h5ad")
 
 
 def test_a_model_of_scvi_tools(shared_data):
