@@ -75,13 +75,13 @@ class Backed(AnnData):
 
     def write_h5ad(self, filename: str | PathLike, **options: Any) -> None:
         """Write everything into a file, the counts as they are read; those of several files are not put together."""
-        self._as_stored().write_h5ad(filename, **options)
+        self._as_stored(filename).write_h5ad(filename, **options)
 
     write = write_h5ad
 
     def write_zarr(self, store: Any, **options: Any) -> None:
         """The same as a zarr folder."""
-        self._as_stored().write_zarr(store, **options)
+        self._as_stored(store).write_zarr(store, **options)
 
     def copy(self, filename: str | PathLike | None = None) -> Backed:
         """The same with slots of its own, of the same files."""
@@ -108,8 +108,14 @@ class Backed(AnnData):
             if isinstance(store, h5py.File):
                 store.close()
 
-    def _as_stored(self) -> AnnData:
+    def _as_stored(self, target: Any) -> AnnData:
         """The same as AnnData's own class, which is what it can write."""
+        if is_path(target) and any(_is_same(Path(target), source.path) for source in self.sources):
+            msg = (
+                f"{str(target)!r} is where the counts are read from, and cannot be replaced meanwhile: write another "
+                "file, or have results written into this one by giving its path to the functions, tl.fit(path)."
+            )
+            raise ValueError(msg)
         if any(isinstance(matrix, Stacked) for matrix in (self.X, *self.layers.values())):
             msg = (
                 "The counts of several files cannot be written as those of one. Put the files together on disk, "
@@ -125,6 +131,10 @@ class Backed(AnnData):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_same(path: Path, other: Path | None) -> bool:
+    return other is not None and path.exists() and path.samefile(other)
 
 
 def _copied(matrix: Any) -> Any:

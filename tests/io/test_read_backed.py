@@ -149,6 +149,17 @@ def test_one_file_can_be_written_as_another(whole, three, tmp_path, suffix, whic
         np.testing.assert_array_equal(copied.varm["loadings"], adata.varm["loadings"])
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_is_not_written_over_while_it_is_read(whole, three, which):
+    path = three[which]
+    with sx.io.read_backed(path) as adata:
+        for writes in (adata.write_h5ad, adata.write, adata.write_zarr):
+            with pytest.raises(ValueError, match="where the counts are read from, and cannot be replaced meanwhile"):
+                writes(path)
+        cells = whole[adata.obs_names, adata.var_names]
+        np.testing.assert_array_equal(dense(adata.X), dense(cells.X))
+
+
 def test_several_files_are_not_written_as_one_but_named_what_can(three, tmp_path):
     adata = sx.io.read_backed(three)
     for writes in (adata.write_h5ad, adata.write, adata.write_zarr):
