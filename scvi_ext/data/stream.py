@@ -64,7 +64,8 @@ def placement(store: CellStore | JointStore, device: torch.device) -> str:
 
 
 def _in_words(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2g} MB"
+    number, unit = (n_bytes / 1e9, "GB") if n_bytes >= 1e9 else (n_bytes / 1e6, "MB")
+    return f"{number:.2g} {unit}" if number < 10 else f"{number:,.0f} {unit}"
 
 
 def fits(store: CellStore | JointStore, device: torch.device) -> bool:

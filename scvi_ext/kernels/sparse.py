@@ -231,16 +231,12 @@ def _multiply_gradient_in_parts(parts, starts, cells, values, d_out, d_weight):
 
 
 def all_counts(values: np.ndarray, largest: float) -> bool:
-    """Whether all of these float32 numbers are whole, not negative and at most ``largest``."""
-    return in_parallel(_all_counts_in_parts, values, np.float32(largest))
+    """Whether all of these float32 numbers are whole, not negative and at most ``largest``.
 
-
-@parallel
-def _all_counts_in_parts(n_parts, values, largest):
-    n_bad = 0
-    for part in prange(n_parts):
-        n_bad += not _all_counts(values[part * len(values) // n_parts : (part + 1) * len(values) // n_parts], largest)
-    return n_bad == 0
+    On one thread: this runs beside training, in the thread that reads. Would that have threads of OpenMP, too, there
+    were more of them than processors, and those that train would sleep between two operations instead of waiting.
+    """
+    return _all_counts(values, np.float32(largest))
 
 
 @kernel
