@@ -44,17 +44,17 @@ def read_reference(reference: AnnData | SavedFit | str | PathLike, key: str | No
             )
             raise KeyError(msg)
         return read_fit(reference, key)
-    if key is not None:
-        msg = f"key={key!r} has no effect: only an AnnData has several fits to choose from."
-        raise ValueError(msg)
-    if isinstance(reference, SavedFit):
-        return reference
-    if not is_path(reference):
+    if not (is_path(reference) or isinstance(reference, SavedFit)):
         msg = (
             f"reference is a {type(reference).__name__}; an AnnData with a fit, what io.read_model or "
             "io.read_scvi_tools returns, or the path of one of them is needed."
         )
         raise TypeError(msg)
+    if key is not None:
+        msg = f"key={key!r} has no effect: only an AnnData has several fits to choose from."
+        raise ValueError(msg)
+    if isinstance(reference, SavedFit):
+        return reference
     path = Path(reference).expanduser()
     if not path.exists():
         msg = (

@@ -577,6 +577,43 @@ def test_a_fit_of_one_file_leaves_those_of_the_list_where_they_are(make_counts, 
     assert ad.read_h5ad(paths[1]).obsm["X_scvi"].shape == (101, 10)
 
 
+def test_the_note_of_the_last_fit_is_in_every_file_even_if_a_process_ended_before(registered, tmp_path, monkeypatch):
+    paths = [write(registered[cells], tmp_path / f"{cells.start}.h5ad") for cells in (slice(100), slice(100, 201))]
+    plain, n_calls = writing._File.write, iter(range(100))
+
+    def killed(self, change):
+        if change.place[-1] == "last_fit" and next(n_calls) == 1:
+            raise KeyboardInterrupt
+        plain(self, change)
+
+    monkeypatch.setattr(writing._File, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sx.tl.fit(paths, **QUICK)
+    assert ["last_fit" in read(path).uns["scvi_ext"] for path in paths] == [True, False]
+    sx.tl.fit(paths, resume="auto", **QUICK)
+    assert [read(path).uns["scvi_ext"]["last_fit"] for path in paths] == ["scvi", "scvi"]
+
+
+def test_a_rescue_that_fails_leaves_nothing_behind(registered, tmp_path, monkeypatch):
+    path, elsewhere, plain = write(registered, tmp_path / "one.h5ad"), tmp_path / "elsewhere", ad.AnnData.write_h5ad
+    elsewhere.mkdir()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def half(self, target):
+        plain(self, target)
+        if target.parent == tmp_path:
+            full()
+
+    monkeypatch.setattr(ad.AnnData, "write_h5ad", half)
+    monkeypatch.setattr(writing.tempfile, "gettempdir", lambda: str(elsewhere))
+    monkeypatch.setattr(files, "write_changes", full)
+    with pytest.raises(OSError, match=r"The results \(.*fits/scvi.*elsewhere/one\.h5ad\.scvi_ext_rescue\.h5ad'"):
+        sx.tl.fit(path, **QUICK)
+    assert not (tmp_path / "one.h5ad.scvi_ext_rescue.h5ad").exists()
+
+
 def test_an_empty_file_is_refused_as_it_is(tmp_path):
     path = tmp_path / "empty.h5ad"
     path.touch()

@@ -19,6 +19,7 @@ from anndata.io import read_elem, sparse_dataset
 
 from scvi_ext._errors import first_line, listing, warn
 from scvi_ext._keys import UNS
+from scvi_ext.data.matrix import still_open
 from scvi_ext.data.stacked import Stacked
 from scvi_ext.data.store import check_unique_genes
 
@@ -103,7 +104,7 @@ class Backed(AnnData):
         return AnnData(_read(self.X), layers=layers, uns=deepcopy(uns) if copy else uns, **tables)
 
     def close(self) -> None:
-        """Close the files: counts and layers cannot be read any more."""
+        """Close the files: counts and layers of h5ad files cannot be read any more. Folders of zarr are never open."""
         for store in self.stores:
             if isinstance(store, h5py.File):
                 store.close()
@@ -124,7 +125,9 @@ class Backed(AnnData):
             )
             raise ValueError(msg)
         tables = {slot: getattr(self, slot) for slot in _TABLES}
-        return AnnData(self.X, layers=dict(self.layers), uns=dict(self.uns), **tables)
+        return AnnData(
+            still_open(self.X), layers={k: still_open(v) for k, v in self.layers.items()}, uns=dict(self.uns), **tables
+        )
 
     def __enter__(self) -> Backed:
         return self
@@ -142,7 +145,7 @@ def _copied(matrix: Any) -> Any:
 
 
 def _read(matrix: Any) -> Any:
-    if matrix is None or isinstance(matrix, np.ndarray) or sp.issparse(matrix):
+    if matrix is None or isinstance(matrix, np.ndarray) or sp.issparse(still_open(matrix)):
         return matrix
     reads = getattr(matrix, "to_memory", None)
     return matrix[...] if reads is None else reads()
@@ -313,6 +316,7 @@ def _one_below_the_other(opened: list[_Opened], label: str | None) -> Backed:
     ]
     slots = dict(opened[0].slots)
     if len(opened) > 1:
+        _check_different(opened)
         _check_unique_cells(opened)
         everywhere = [key for key in slots["layers"] if all(key in one.slots["layers"] for one in opened)]
         slots |= {
@@ -350,6 +354,14 @@ def _genes(opened: list[_Opened]) -> list[np.ndarray | None]:
             raise KeyError(msg)
         orders.append(own.get_indexer(first))
     return orders
+
+
+def _check_different(opened: list[_Opened]) -> None:
+    paths = [one.path.resolve() for one in opened if one.path is not None]
+    again = [str(path) for position, path in enumerate(paths) if path in paths[:position]]
+    if again:
+        msg = f"{listing(again, 3)} was given more than once: name each file once."
+        raise ValueError(msg)
 
 
 def _check_unique_cells(opened: list[_Opened]) -> None:

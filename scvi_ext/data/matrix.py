@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -31,14 +33,15 @@ def counts_matrix(adata: AnnData, layer: str | None, role: str = "", name: str =
     if layer is not None:
         if layer not in adata.layers:
             raise missing_key(f"{name}.layers", layer, adata.layers, role)
-        return _still_open(adata.layers[layer])
+        return still_open(adata.layers[layer])
     if adata.X is None:
         msg = f"{name}.X is None. Name the layer with the counts, layer=..., out of: {listing(adata.layers)}."
         raise TypeError(msg)
-    return _still_open(adata.X)
+    return still_open(adata.X)
 
 
-def _still_open(matrix: Any) -> Any:
+def still_open(matrix: Any) -> Any:
+    """The matrix; a ValueError if it is in a file that has been closed."""
     for part in getattr(matrix, "parts", (matrix,)):
         node = getattr(part, "group", part)
         if isinstance(node, h5py.Group | h5py.Dataset) and not node:
@@ -127,14 +130,37 @@ def read_slice(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
     if not on_disk(matrix):
         return _as_csr(matrix[start:stop])
     try:
-        block = matrix[start:stop] if getattr(matrix, "group", None) is None else _entries_of(matrix, start, stop)
+        block = _read(matrix, start, stop)
         if sp.issparse(block) and (block.indices.min(initial=0) < 0 or block.indices.max(initial=0) >= block.shape[1]):
             raise unreadable(rows_of(matrix, start, stop), "they name genes that are not there")
         return _as_csr(block)
     except UnreadableRowsError:
         raise
     except Exception as error:  # whatever the libraries of files and of compression raise
-        raise unreadable(rows_of(matrix, start, stop), first_line(error)) from error
+        first, last = _first_and_last(partial(_fails, matrix), start, stop)
+        raise unreadable(rows_of(matrix, first, last + 1), first_line(error)) from error
+
+
+def _fails(matrix: Any, start: int, stop: int) -> bool:
+    try:
+        _read(matrix, start, stop)
+    except Exception:
+        return True
+    return False
+
+
+def _first_and_last(fails: Callable[[int, int], bool], start: int, stop: int) -> tuple[int, int]:
+    """The first and the last of the rows that cannot be read, of a stretch that could not."""
+    rows = range(start, stop)
+    if not fails(start, stop):  # a second time
+        return start, stop - 1
+    first = start + bisect_left(rows, x=True, key=lambda row: fails(start, row + 1))
+    last = stop - 1 - bisect_left(rows, x=True, key=lambda row: fails(stop - 1 - (row - start), stop))
+    return first, last
+
+
+def _read(matrix: Any, start: int, stop: int) -> Any:
+    return matrix[start:stop] if getattr(matrix, "group", None) is None else _entries_of(matrix, start, stop)
 
 
 def _entries_of(matrix: CSRDataset, start: int, stop: int) -> sp.csr_matrix:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from scvi_ext._errors import first_line
+from scvi_ext._errors import first_line, warn
 from scvi_ext._torchrun import local_rank, n_processes
 from scvi_ext.functional.ranks import Ranks
 
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy as np
+
+
+_PATIENCE = 60  # seconds
+_ALONE = (
+    "{found}: not all processes of this run have come here for {seconds} seconds, and this one goes on waiting. Has "
+    "one of them ended? All must call tl.fit, or a function with the path of a file."
+)
 
 
 class LostProcessError(RuntimeError):
@@ -142,6 +150,9 @@ def _meet(device: torch.device) -> None:
         raise ValueError(msg)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    patience = threading.Timer(_PATIENCE, warn, [_ALONE.format(found=found, seconds=_PATIENCE)])
+    patience.daemon = True
+    patience.start()
     try:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except distributed.DistError as error:
@@ -150,6 +161,8 @@ def _meet(device: torch.device) -> None:
             "a script that calls tl.fit, or a function with the path of a file, and reach MASTER_ADDR."
         )
         raise LostProcessError(msg) from error
+    finally:
+        patience.cancel()
 
 
 def device_of_rank(device: torch.device) -> torch.device:

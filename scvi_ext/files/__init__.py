@@ -16,7 +16,7 @@ from scvi_ext.data.backed import Backed, is_path, open_backed
 from scvi_ext.engine.interrupt import deferred_interrupt
 from scvi_ext.files.changes import Snapshot
 from scvi_ext.files.spool import Spools
-from scvi_ext.files.writing import check_writable, rescue, write_changes
+from scvi_ext.files.writing import check_names, check_writable, rescue, write_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -162,24 +162,21 @@ def _call(
     for one in files:
         one.spools = Spools(one.n_obs, one.n_vars, one.sources)
     try:
-        result = function(adata, *args, **kwargs)
-        if team is not None:
-            team.wait()
-        return result
-    finally:  # a fit that Ctrl-C ends is written all the same
         try:
-            with deferred_interrupt(_SIGNALS, patient=team is not None) as late:
-                for snapshot in snapshots:
-                    _write_back(snapshot.adata, list(snapshot.changes()))
-                    for then in snapshot.adata.waiting:
-                        then()
-        finally:
-            for one in files:
-                one.spools.close()
-        if late.terminated:
-            raise SystemExit(128 + signal.SIGTERM)
-        if late.requested:
-            raise KeyboardInterrupt
+            result = function(adata, *args, **kwargs)
+            if team is not None:
+                team.wait()
+        except BaseException as error:  # a fit that Ctrl-C ends is written all the same
+            try:
+                _write_back(snapshots, team)
+            except OSError as second:
+                error.add_note(str(second))
+            raise
+        _write_back(snapshots, team)
+    finally:
+        for one in files:
+            one.spools.close()
+    return result
 
 
 def _then_close(blocks: Iterator, opened: Mapping[str, Any]) -> Iterator:
@@ -195,23 +192,40 @@ def _close(opened: Sequence[Any]) -> None:
             adata.close()
 
 
-def _write_back(adata: Backed, changes: Sequence[Change]) -> None:
-    """Write what has changed into the files of ``adata``: the only place where files of users are written to."""
+def _write_back(snapshots: Sequence[Snapshot], team: Team | None) -> None:
+    """Write what has changed into the files; who asks to stop meanwhile waits."""
+    with deferred_interrupt(_SIGNALS, patient=team is not None) as late:
+        for snapshot in snapshots:
+            _write(snapshot.adata, list(snapshot.changes()))
+            for then in snapshot.adata.waiting:
+                then()
+    if late.terminated:
+        raise SystemExit(128 + signal.SIGTERM)
+    if late.requested:
+        raise KeyboardInterrupt
+
+
+def _write(adata: Backed, changes: Sequence[Change]) -> None:
+    """Write into the files of ``adata``: the only place where files of users are written to."""
     if not changes:
         return
     adata.close()  # HDF5 lets nobody write while somebody reads
     cells, genes, written, failures = adata.obs_names, adata.var_names, [], []
     for source in adata.sources:
         own = [change.of(source) for change in changes]
+        rows = cells[source.first : source.stop]
+        names = genes if source.genes is None else genes[source.genes.argsort()]
         try:
+            check_names(source.path, rows, names)
             write_changes(source.path, own)
             written.append(source.path)
         except Exception as error:
-            names = genes if source.genes is None else genes[source.genes.argsort()]
-            failures.append((_rescued(source, cells[source.first : source.stop], names, own, error), error))
+            failures.append((_rescued(source, rows, names, own, error), error))
     _log(written, changes)
     if failures:
-        raise OSError(" ".join(message for message, _ in failures)) from failures[0][1]
+        again = " Or, when they can be written to, give resume='auto': the fit is in its checkpoint as well."
+        messages = " ".join(message for message, _ in failures)
+        raise OSError(messages + (again if adata.waiting else "")) from failures[0][1]
 
 
 def _rescued(source: Source, cells: Any, genes: Any, changes: Sequence[Change], error: Exception) -> str:
@@ -223,7 +237,7 @@ def _rescued(source: Source, cells: Any, genes: Any, changes: Sequence[Change], 
     names = listing(_named(changes), 5)
     return (
         f"{what} The results ({names}) are in {str(target)!r}, an AnnData with the same cells and genes in the same "
-        "order: read it with anndata.read_h5ad, and take them from there."
+        "order: read it with anndata.read_h5ad, take them from there, and remove it."
     )
 
 

@@ -80,7 +80,12 @@ class Snapshot:
         if self.adata.spools is not None:
             for place, spooled in self.adata.spools.complete.items():
                 yield Change(place, spooled)
-        yield from _of_mappings(("uns",), self.adata.uns, self.uns)
+        of_uns = list(_of_mappings(("uns",), self.adata.uns, self.uns))
+        yield from of_uns
+        # A process may have ended when some of several files had a new fit, and only some the note that it is the last.
+        places, note = {change.place[:3] for change in of_uns}, ("uns", UNS.root, UNS.last_fit)
+        if ("uns", UNS.root, UNS.fits) in places and note not in places:
+            yield Change(note, self.adata.uns[UNS.root][UNS.last_fit])
 
 
 def _of_mappings(place: tuple[str, ...], now: Mapping, before: Mapping) -> Iterator[Change]:

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import write_elem
+from anndata.io import read_elem, write_elem
 
 from scvi_ext._errors import first_line
 from scvi_ext._torchrun import n_processes
@@ -59,6 +59,18 @@ def check_writable(path: str | os.PathLike) -> None:
         raise OSError(msg) from error
 
 
+def check_names(path: Path, cells: pd.Index, genes: pd.Index) -> None:
+    """Raise a ValueError if the file does not have these cells and genes: it is not the one that was read."""
+    with _Zarr(path) if is_zarr(path) else _Hdf5(path) as file:
+        for slot, names in (("obs", cells), ("var", genes)):
+            table = file.store[slot]
+            found = read_elem(table[table.attrs["_index"]])
+            if not np.array_equal(np.asarray(found).astype(object), np.asarray(names).astype(object)):
+                what = "cells" if slot == "obs" else "genes"
+                msg = f"it has other {what} than when it was read, so that another file has taken its place meanwhile"
+                raise ValueError(msg)
+
+
 def write_changes(path: Path, changes: Sequence[Change]) -> None:
     """Write what has changed into a file; each entry that is written is whole, whenever the process ends."""
     with _Zarr(path) if is_zarr(path) else _Hdf5(path) as file:
@@ -80,6 +92,7 @@ def rescue(path: Path, cells: pd.Index, genes: pd.Index, changes: Sequence[Chang
             )
         except OSError as error:
             failure = error
+            target.unlink(missing_ok=True)
             continue
         for change in changes:
             try:

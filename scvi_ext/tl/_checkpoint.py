@@ -174,9 +174,13 @@ def fit_inside(adata: AnnData, start: Prepared) -> SavedFit | None:
     key = start.fits[0].key
     if key not in read_root(adata).get(UNS.fits, {}):
         return None
-    fitted = read_fit(adata, key)
-    usable = not _differences(start, fitted) if is_finished(fitted) else fitted.checkpoint is not None
-    return fitted if usable else None
+    fitted = usable(start, read_fit(adata, key))
+    return None if fitted is None or (fitted.checkpoint is None and not is_finished(fitted)) else fitted
+
+
+def usable(start: Prepared, found: SavedFit) -> SavedFit | None:
+    """A fit, unless it is finished and another one is wanted now."""
+    return None if is_finished(found) and _differences(start, found) else found
 
 
 def is_finished(fitted: SavedFit) -> bool:

@@ -10,7 +10,7 @@ from scvi_ext._errors import one_of
 from scvi_ext.engine.device import resolve_device
 from scvi_ext.engine.interrupt import Interrupt, deferred_interrupt
 from scvi_ext.engine.processes import device_of_rank, join
-from scvi_ext.tl._checkpoint import checkpoint_file, fit_inside, go_on, is_finished
+from scvi_ext.tl._checkpoint import checkpoint_file, fit_inside, go_on, is_finished, usable
 from scvi_ext.tl._fit_into import fit_into, take_over
 from scvi_ext.tl._prepare_fit import reopen
 from scvi_ext.tl._prepare_joint import check_datasets, reopen_joint
@@ -54,8 +54,9 @@ def fit(
 
     Reads what :func:`~scvi_ext.pp.setup_anndata` registered. Logs the plan (epochs, steps, final KL weight, predicted
     time) at verbosity info before it starts, and shows a progress bar. Ctrl-C stops after the step under way: what has
-    been trained is kept, can be used, and can be continued with ``resume=True``. Where a finished fit has that name
-    already, it stays, and the interrupted one is called ``"<key_added>_interrupted"``.
+    been trained is kept, can be used, and can be continued with ``resume=True``; a second Ctrl-C does not wait for
+    that. Where a finished fit has that name already, it stays, and the interrupted one is called
+    ``"<key_added>_interrupted"``.
 
     Parameters
     ----------
@@ -188,7 +189,7 @@ def fit(
             )
         else:
             start = prepare_new(adata, model, options, model_params, device=target)
-            found = fit_inside(adata, start) if kept is None and resume else kept
+            found = (fit_inside(adata, start) if kept is None else usable(start, kept)) if resume else None
             if found is not None:
                 start = go_on(start, found)
                 if is_finished(found):

@@ -63,11 +63,11 @@ def fit_into(
     for part, fitted in zip(parts, fits, strict=True):
         results.write_fit(part, fitted)
     left = file if file is not None and file.is_left(adata, done) else None
-    if team.is_first and file is not None and left is None:
+    if team.is_first and file is not None and left is None and file.path.exists():
         _once_written(adata, file.remove)
     if file is not None and not isinstance(done.failure, LostProcessError):
         team.wait()  # a process that goes ahead would find the file as it was before
-    _report(done, fits[0], start, left, _called(adata))
+    _report(done, fits[0], start, left, adata, team)
     where = f" of each of the data sets {listing(start.store.names)}" if several else ""
     logg.info(
         f"    {done.stop_reason} after {len(done.history)} epochs",
@@ -155,11 +155,21 @@ def _is_finished(adata: AnnData, key: str) -> bool:
     return key in fits and read_fit(adata, key).status.get("stop_reason") != "interrupted"
 
 
-def _report(done: Progress, fitted: SavedFit, start: Prepared, file: CheckpointFile | None, called: str) -> None:
+def _report(
+    done: Progress,
+    fitted: SavedFit,
+    start: Prepared,
+    file: CheckpointFile | None,
+    adata: AnnData | Mapping[str, AnnData],
+    team: Team,
+) -> None:
     """Say aloud what a user must know about the run."""
     store = start.store
     if done.stop_reason == "interrupted":
+        called = _called(adata)
         kept = f"{fitted.key!r}" if file is None else f"{fitted.key!r} and in {str(file.path)!r}"
+        if file is not None and called != "adata" and not team.is_first:  # who alone writes into files
+            kept = str(file.path)
         in_file = "" if file is None or not file.asked else f", checkpoint={str(file.path)!r}"
         key = fitted.key if file is None else start.fits[0].key  # a file has it under the name that was asked for
         advice = f"Go on with tl.fit({called}, {fitted.model!r}, key_added={key!r}{in_file}, resume=True)."

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from _tolerances import FIT_OF_SEVERAL_PROCESSES
 from engine import _together
 from engine._together import CASES, MARK, STEPS
 
+from scvi_ext.engine import processes
 from scvi_ext.engine.processes import LostProcessError, device_of_rank, join
 
 if TYPE_CHECKING:
@@ -303,6 +305,17 @@ def test_processes_that_do_not_find_each_other_are_told(monkeypatch):
         LostProcessError, match=r"did not find each other \(Timed out after 1801 seconds.*must run a script"
     ):
         join(torch.device("cpu"))
+
+
+def test_a_process_that_waits_for_others_says_so(monkeypatch):
+    said = threading.Event()
+    monkeypatch.setattr(processes, "_PATIENCE", 0.01)
+    monkeypatch.setattr(processes, "warn", lambda message: said.set() if "goes on waiting" in message else None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: said.wait(60))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    processes._meet(torch.device("cpu"))
+    assert said.is_set()
 
 
 # ---- what interrupts them ------------------------------------------------------------------------------------------

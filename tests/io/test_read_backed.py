@@ -173,8 +173,11 @@ def test_files_that_were_closed_are_said_to_be(registered, tmp_path, n_files):
     cells = np.array_split(np.arange(registered.n_obs), n_files)
     adata = sx.io.read_backed([write(registered[c], tmp_path / f"{i}.h5ad") for i, c in enumerate(cells)])
     adata.close()
-    with pytest.raises(ValueError, match=r"file that the counts are in has been closed: open it again, e\.g\. by scvi"):
-        sx.tl.fit(adata, max_epochs=1)
+    for call in (lambda: sx.tl.fit(adata, max_epochs=1), adata.to_memory):
+        with pytest.raises(
+            ValueError, match=r"file that the counts are in has been closed: open it again, e\.g\. by sc"
+        ):
+            call()
 
 
 def test_a_part_of_the_cells_is_read_into_memory_when_it_is_used(registered, tmp_path):
@@ -335,6 +338,11 @@ def test_files_with_the_same_cells_are_refused(whole, tmp_path):
     paths = [write(part, tmp_path / f"{i}.h5ad") for i, part in enumerate([whole[:90], whole[88:]])]
     with pytest.raises(ValueError, match=r"2 names of cells are there more than once: 'cell88', 'cell89'.*0.h5ad"):
         sx.io.read_backed(paths)
+
+
+def test_a_file_is_not_read_twice(three):
+    with pytest.raises(ValueError, match=r"a\.h5ad' was given more than once: name each file once"):
+        sx.io.read_backed([three[0], three[1], three[0]])
 
 
 def test_compressed_columns_of_several_files_are_refused(whole, tmp_path):

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 import scvi_ext as sx
 from scvi_ext import files
 from scvi_ext.data import store
+from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.models.scvi import VAE
 from scvi_ext.tl import _checkpoint
 from scvi_ext.tl._checkpoint import CheckpointFile
@@ -646,15 +647,38 @@ def test_a_file_that_is_damaged_under_a_fit_may_be_replaced_by_a_copy(in_file, a
     expected = fit_in(copy)
     in_file("copy.h5ad")
     at_step(7, damage)
-    with pytest.raises(OSError, match="could not be written to") as caught:
+    with pytest.raises(UnreadableRowsError, match=r"Rows \d+ to \d+ of .*cells\.h5ad, X cannot be used") as caught:
         sx.tl.fit(path, **RUN)
     at_step(0)
-    advice = f"Go on with tl.fit({str(path)!r}, 'scvi', key_added='scvi', resume=True)"
-    assert any(advice in note for note in caught.value.__context__.__notes__)
+    go_on, rescued = caught.value.__notes__
+    assert f"Go on with tl.fit({str(path)!r}, 'scvi', key_added='scvi', resume=True)" in go_on
+    assert "cells.h5ad' could not be written to" in rescued
     copy.replace(path)
     sx.tl.fit(path, "scvi", key_added="scvi", resume=True)
     assert_same_fit(fit_in(path), expected)
     assert not path.with_name("cells.h5ad.scvi.checkpoint").exists()
+
+
+def test_a_file_that_takes_the_place_of_the_one_that_was_read_is_left_as_it_is(in_file, at_step, counts, uninterrupted):
+    path, other = in_file("cells.h5ad"), in_file("other.h5ad")
+    at_step(7, lambda: path.rename(path.with_name("moved.h5ad")) and counts[::-1].copy().write_h5ad(path))
+    with pytest.raises(
+        OSError, match=r"other cells than when it was read.* give resume='auto': the fit is in its chec"
+    ):
+        sx.tl.fit(path, **RUN)
+    at_step(0)
+    assert "scvi_ext" not in fit_in(path).uns
+    other.replace(path)
+    sx.tl.fit(path, resume="auto", **RUN)
+    assert_same_fit(fit_in(path), uninterrupted())
+
+
+def test_a_finished_run_of_other_options_gives_way(fresh, path, uninterrupted):
+    adata = fresh()
+    sx.tl.fit(adata, checkpoint=path, **RUN | {"max_epochs": 2})
+    sx.tl.fit(adata, checkpoint=path, resume="auto", **RUN)
+    assert_same_fit(adata, uninterrupted())
+    assert kept(path).status["epochs"] == 4
 
 
 def test_a_run_that_can_go_on_does_not_give_way_unsaid(in_file, at_step, logged):
