@@ -84,8 +84,9 @@ class Snapshot:
         yield from of_uns
         # A process may have ended when some of several files had a new fit, and only some the note that it is the last.
         places, note = {change.place[:3] for change in of_uns}, ("uns", UNS.root, UNS.last_fit)
-        if ("uns", UNS.root, UNS.fits) in places and note not in places:
-            yield Change(note, self.adata.uns[UNS.root][UNS.last_fit])
+        last = self.adata.uns.get(UNS.root, {}).get(UNS.last_fit)
+        if ("uns", UNS.root, UNS.fits) in places and note not in places and last is not None:
+            yield Change(note, last)
 
 
 def _of_mappings(place: tuple[str, ...], now: Mapping, before: Mapping) -> Iterator[Change]:

@@ -302,6 +302,15 @@ def test_what_is_no_file_of_an_anndata_is_refused(whole, tmp_path, monkeypatch):
         sx.io.read_backed([3])
 
 
+def test_a_file_of_the_first_format_is_refused_with_what_to_do(tmp_path):
+    with h5py.File(tmp_path / "old.h5ad", "w") as file:
+        file["X"] = np.ones((2, 3), np.float32)
+        file["obs"] = np.array([(b"cell0", 1.0), (b"cell1", 2.0)], [("index", "S5"), ("size", "f4")])
+        file["var"] = np.array([(b"a",), (b"b",), (b"c",)], [("index", "S1")])
+    with pytest.raises(ValueError, match=r"old\.h5ad' is in the format of anndata before 0\.7.*write it anew, anndata"):
+        sx.pp.setup_anndata(tmp_path / "old.h5ad")
+
+
 def test_a_truncated_file_is_named(whole, tmp_path):
     path = tmp_path / "one.h5ad"
     whole.write_h5ad(path)
