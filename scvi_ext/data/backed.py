@@ -271,13 +271,13 @@ def _slots(store: Any, name: str) -> dict[str, Any]:
     if absent:
         msg = f"{name!r} holds no AnnData: it has no {' and no '.join(absent)}, but {listing(sorted(store))}."
         raise ValueError(msg)
-    slots = {slot: read_elem(store[slot]) for slot in ("obs", "var")}
-    if not all(isinstance(table, pd.DataFrame) for table in slots.values()):
+    if any(getattr(store[slot], "shape", None) is not None for slot in ("obs", "var")):  # arrays, and no groups
         msg = (
             f"{name!r} is in the format of anndata before 0.7, which is not read from disk: write it anew, "
             "anndata.read_h5ad(...).write_h5ad(...)."
         )
         raise ValueError(msg)
+    slots = {slot: read_elem(store[slot]) for slot in ("obs", "var")}
     for slot in ("obsm", "varm", "obsp", "varp", "uns"):
         slots[slot] = dict(read_elem(store[slot])) if slot in store else {}
     slots["X"] = _matrix(store["X"]) if "X" in store else None
