@@ -136,6 +136,11 @@ class Backed(AnnData):
         self.close()
 
 
+def is_written_back(adata: object) -> bool:
+    """Whether what is assigned to it goes into the files that it was opened from."""
+    return isinstance(adata, Backed) and adata.written_back
+
+
 def _is_same(path: Path, other: Path | None) -> bool:
     return other is not None and path.exists() and path.samefile(other)
 

@@ -17,7 +17,7 @@ from scanpy import logging as logg
 from scvi_ext._errors import first_line, listing
 from scvi_ext._keys import UNS, valid_key
 from scvi_ext._torchrun import rank
-from scvi_ext.data.backed import Backed
+from scvi_ext.data.backed import is_written_back
 from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.portable import FORMAT, encode, from_arrays, to_arrays
 
@@ -128,7 +128,7 @@ class CheckpointFile:
 
     def is_left(self, adata: AnnData, done: Progress) -> bool:
         """Whether it stays when a run has ended like this: if asked for, or if it has what is nowhere else."""
-        in_file = isinstance(adata, Backed) and adata.written_back and done.failure is None
+        in_file = is_written_back(adata) and done.failure is None
         return self.asked or (done.stop_reason == "interrupted" and not in_file)
 
 
@@ -162,7 +162,7 @@ def checkpoint_file(
 def _unasked(adata: AnnData, key: str, team: Team) -> CheckpointFile | None:
     """Of a fit that goes into files: beside the first one. Of several processes: in the working directory else."""
     valid_key(key)
-    if isinstance(adata, Backed) and adata.written_back:
+    if is_written_back(adata):
         data = adata.sources[0].path
         if os.access(data.parent, os.W_OK):
             return CheckpointFile(data.with_name(f"{data.name}.{key}.checkpoint"), asked=False)

@@ -12,7 +12,7 @@ from scvi_ext import results
 from scvi_ext._contract import Capability
 from scvi_ext._errors import listing, warn
 from scvi_ext._keys import UNS
-from scvi_ext.data.backed import Backed
+from scvi_ext.data.backed import Backed, is_written_back
 from scvi_ext.data.registry import read_fit, read_root
 from scvi_ext.data.stream import placement
 from scvi_ext.engine.processes import ALONE, LostProcessError
@@ -100,7 +100,7 @@ def _once_written(adata: AnnData | Mapping[str, AnnData], then: Callable[[], Non
 
 def _called(adata: AnnData | Mapping[str, AnnData]) -> str:
     """What a user gives to ``tl.fit`` for it."""
-    if not (isinstance(adata, Backed) and adata.written_back):
+    if not is_written_back(adata):
         return "adata"
     first, *others = (repr(str(source.path)) for source in adata.sources)
     return f"[{first}, ...]" if others else first
@@ -166,16 +166,16 @@ def _report(
     """Say aloud what a user must know about the run."""
     store = start.store
     if done.stop_reason == "interrupted":
-        called = _called(adata)
-        kept = f"{fitted.key!r}" if file is None else f"{fitted.key!r} and in {str(file.path)!r}"
-        if file is not None and called != "adata" and not team.is_first:  # who alone writes into files
-            kept = str(file.path)
+        places = [] if file is None else [f"in {str(file.path)!r}"]
+        if team.is_first or not is_written_back(adata):  # the first process alone writes into files
+            places.insert(0, f"as {fitted.key!r}")
+        kept = " and ".join(places)
         in_file = "" if file is None or not file.asked else f", checkpoint={str(file.path)!r}"
         key = fitted.key if file is None else start.fits[0].key  # a file has it under the name that was asked for
-        advice = f"Go on with tl.fit({called}, {fitted.model!r}, key_added={key!r}{in_file}, resume=True)."
-        logg.warning(f"interrupted at step {done.step}; what was trained is kept as {kept}. {advice}")
+        advice = f"Go on with tl.fit({_called(adata)}, {fitted.model!r}, key_added={key!r}{in_file}, resume=True)."
+        logg.warning(f"interrupted at step {done.step}; what was trained is kept {kept}. {advice}")
         if done.failure is not None:
-            done.failure.add_note(f"What was trained until step {done.step} is kept as {kept}. {advice}")
+            done.failure.add_note(f"What was trained until step {done.step} is kept {kept}. {advice}")
     if done.events:
         last = done.events[-1]
         who = (
