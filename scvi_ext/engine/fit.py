@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from scvi_ext.engine.checkpoint import Snapshot, generator_arrays, load_generato
 from scvi_ext.engine.device import arithmetic
 from scvi_ext.engine.graph import make_runner
 from scvi_ext.engine.guard import MAX_ROLLBACKS, find_culprits
-from scvi_ext.engine.interrupt import deferred_interrupt
+from scvi_ext.engine.interrupt import TO_STOP, deferred_interrupt
 from scvi_ext.engine.processes import ALONE, LostProcessError, noticing_loss
 from scvi_ext.engine.progress import Progress, load_checkpoint, make_checkpoint
 from scvi_ext.engine.step import TrainingStep, sums_of_parts
@@ -214,7 +213,7 @@ class _Loop:
         origin = module_arrays(self.step.module)
         self._leave_out(progress.excluded)
         with (
-            deferred_interrupt((signal.SIGINT, signal.SIGTERM), patient=team.n > 1) as interrupt,
+            deferred_interrupt(TO_STOP, patient=team.n > 1) as interrupt,
             progress_bar(plan.n_steps, "fit", "step", show_progress, done=progress.step) as bar,
         ):
             while (epoch := len(progress.history)) < plan.n_epochs and not progress.stop_reason:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+TO_STOP = (signal.SIGINT, signal.SIGTERM)  # what users send, and what systems do
+
 
 @dataclass
 class Interrupt:

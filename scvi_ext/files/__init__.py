@@ -13,7 +13,7 @@ from anndata import AnnData
 from scvi_ext._errors import first_line, listing
 from scvi_ext._torchrun import n_processes
 from scvi_ext.data.backed import Backed, is_path, open_backed
-from scvi_ext.engine.interrupt import deferred_interrupt
+from scvi_ext.engine.interrupt import TO_STOP, deferred_interrupt
 from scvi_ext.files.changes import Snapshot
 from scvi_ext.files.spool import Spools
 from scvi_ext.files.writing import check_names, check_writable, rescue, write_changes
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from scvi_ext.data.backed import Source
     from scvi_ext.engine.processes import Team
     from scvi_ext.files.changes import Change
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def takes_files(function: Callable, namespace: str, *, together: bool = False) -> Callable:
@@ -194,7 +192,7 @@ def _close(opened: Sequence[Any]) -> None:
 
 def _write_back(snapshots: Sequence[Snapshot], team: Team | None) -> None:
     """Write what has changed into the files; who asks to stop meanwhile waits."""
-    with deferred_interrupt(_SIGNALS, patient=team is not None) as late:
+    with deferred_interrupt(TO_STOP, patient=team is not None) as late:
         for snapshot in snapshots:
             _write(snapshot.adata, list(snapshot.changes()))
             for then in snapshot.adata.waiting:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from scvi_ext import models
 from scvi_ext._errors import one_of
 from scvi_ext.engine.device import resolve_device
-from scvi_ext.engine.interrupt import Interrupt, deferred_interrupt
+from scvi_ext.engine.interrupt import TO_STOP, Interrupt, deferred_interrupt
 from scvi_ext.engine.processes import device_of_rank, join
 from scvi_ext.tl._checkpoint import checkpoint_file, fit_inside, go_on, is_finished, usable
 from scvi_ext.tl._fit_into import fit_into, take_over
@@ -198,7 +198,7 @@ def fit(
         bar = progress if team.is_first else False
         # Of several processes, what ends all of them waits until what was trained is written: it comes with the loss of
         # one of them.
-        with deferred_interrupt(_SIGNALS, patient=True) if team.n > 1 else nullcontext(Interrupt()) as late:
+        with deferred_interrupt(TO_STOP, patient=True) if team.n > 1 else nullcontext(Interrupt()) as late:
             done = fit_into(
                 adata, start, target, keep_checkpoint=checkpoint is True, file=file, team=team, progress=bar
             )
@@ -211,5 +211,4 @@ def fit(
     return adata if copy else None
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OF_RUN = OPTIONS.keys() - {"key_added", "device", "checkpoint"}  # what a run that goes on has been given already
