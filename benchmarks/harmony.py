@@ -1,6 +1,6 @@
 """What a user would take instead: PCA and Harmony beside our default fit, in time and in quality.
 
-    python benchmarks/harmony.py pbmc_multibatch_5.h5ad:batch kang_ctrl_8donors.h5ad:batch
+    python benchmarks/harmony.py pbmc_multibatch_5.h5ad:batch kang_ctrl_8donors.h5ad:batch --adversarial-mixing 3
 
 PCA has 30 components of log-normalised counts (scanpy), Harmony is harmonypy with its defaults (left out where it is
 not installed). Time of PCA and Harmony: from normalised counts to the embedding, and normalisation by itself in another
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="FILE.h5ad:BATCH_COLUMN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of our fit, and of PCA and Harmony")
     parser.add_argument("--max-epochs", type=int, help="of our fit, for a trial")
+    parser.add_argument("--adversarial-mixing", nargs="*", type=float, default=[], metavar="W", help="further fits")
     parser.add_argument("--subsample", type=int, metavar="N", help="take N random cells of each file")
     add_cache(parser)
     arguments = parser.parse_args()
@@ -64,9 +65,11 @@ def main() -> None:
         pca_and_harmony(data.adata[few].copy(), data.batch_key, 0)
         for seed in arguments.seeds:
             normalization, outcomes = pca_and_harmony(data.adata, data.batch_key, seed)
-            ours = fit_ours(data, seed, max_epochs=arguments.max_epochs)
-            ours.seconds += ours.latent_seconds
-            outcomes.append(ours)
+            for weight in (0.0, *arguments.adversarial_mixing):
+                ours = fit_ours(data, seed, max_epochs=arguments.max_epochs, adversarial_mixing=weight)
+                ours.seconds += ours.latent_seconds
+                ours.method += f", adversarial_mixing={weight:g}" if weight else ""
+                outcomes.append(ours)
             reference = cached_reference(data, seed, cache=arguments.cache)
             if reference is not None:
                 outcomes.append(reference)

@@ -1,12 +1,12 @@
 """Mixing of batches at equal separation of cell types.
 
-    python benchmarks/separation.py pbmc_multibatch_5.h5ad:batch --epochs 8 46 --cache DIR --plot separation.svg
+    python benchmarks/separation.py pbmc_multibatch_5.h5ad:batch --epochs 40 --adversarial-mixing 3 --plot FILE.svg
 
 Batch mixing is measured among nearest neighbours, so whatever blurs an embedding raises it, and lowers the silhouette
 of the cell types. To compare embeddings of unequal separation, normal noise is added to each, more and more, until its
 silhouette has come down to the lowest one in the comparison. Compares PCA, Harmony (where harmonypy is installed), our
-fit with the default and other numbers of epochs, one sample of its posterior instead of the mean, and the fit of
-scvi-tools that --cache has. Prints one markdown table.
+fit with the default and other numbers of epochs, one sample of its posterior instead of the mean, fits with
+adversarial mixing, and the fit of scvi-tools that --cache has. Prints one markdown table.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("files", nargs="+", help="FILE.h5ad:BATCH_COLUMN, with cell types in obs['cell_type']")
     parser.add_argument("--epochs", nargs="*", type=int, default=[], help="further fits of ours")
+    parser.add_argument("--adversarial-mixing", nargs="*", type=float, default=[], metavar="W", help="the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--subsample", type=int, metavar="N", help="take N random cells of each file")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="the curves")
@@ -53,7 +54,9 @@ def main() -> None:
         if data.batch_key is None:
             parser.error(f"{file} needs a batch column: FILE.h5ad:BATCH_COLUMN")
         curves = []
-        for outcome in embeddings(data, arguments.seed, arguments.epochs, arguments.cache):
+        further = [{"max_epochs": n} for n in arguments.epochs]
+        further += [{"adversarial_mixing": weight} for weight in arguments.adversarial_mixing]
+        for outcome in embeddings(data, arguments.seed, further, arguments.cache):
             curves.append(blurred(data, outcome, arguments.seed))
             say(curves[-1].iloc[0].to_dict())
         tables.append(pd.concat(curves))
@@ -63,8 +66,8 @@ def main() -> None:
         plot(table, arguments.plot)
 
 
-def embeddings(data: Data, seed: int, epochs: list[int], cache: Path | None) -> list[Outcome]:
-    """Everything that is compared."""
+def embeddings(data: Data, seed: int, further: list[dict[str, float]], cache: Path | None) -> list[Outcome]:
+    """Everything that is compared; ``further`` are options of fits of ours."""
     outcomes = pca_and_harmony(data.adata, data.batch_key, seed)[1]
     adata = data.shell()
     sx.pp.setup_anndata(adata, batch_key=data.batch_key)
@@ -74,9 +77,9 @@ def embeddings(data: Data, seed: int, epochs: list[int], cache: Path | None) -> 
     sx.tl.get_latent(adata, give_mean=False, seed=seed, key_added="sample")
     for kind, name in (("mean", f"scvi_ext, {n_epochs} epochs (default)"), ("sample", "the same, a posterior sample")):
         outcomes.append(Outcome(name, float("nan"), float("nan"), adata.obsm[kind]))
-    for n in epochs:
-        outcome = fit_ours(data, seed, max_epochs=n)
-        outcome.method = f"scvi_ext, {n} epochs"
+    for options in further:
+        outcome = fit_ours(data, seed, **options)
+        outcome.method = "scvi_ext, " + ", ".join(f"{name}={value:g}" for name, value in options.items())
         outcomes.append(outcome)
     reference = cached_reference(data, seed, cache=cache)
     return outcomes if reference is None else [*outcomes, reference]

@@ -8,6 +8,8 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, log_softmax
 
+from scvi_ext.functional import ranks
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -30,12 +32,41 @@ def adversarial_loss(critic: nn.Module, z: Tensor, classes: Tensor, weight: Tens
     weight
         Of what makes z.
     """
-    as_it_is = {name: parameter.detach() for name, parameter in critic.named_parameters()}
-    logits = functional_call(critic, as_it_is, (z,))
+    logits = _as_it_is(critic, z)
     own = torch.nn.functional.one_hot(classes, logits.shape[-1])
     others = (1 - own) / (logits.shape[-1] - 1)
     fooled = -(others * log_softmax(logits, dim=-1)).sum(-1).mean()
-    return weight * fooled + cross_entropy(critic(z.detach()).flatten(0, -2), classes.flatten())
+    return weight * fooled + _of_critic(critic, z, classes)
+
+
+def mixing_loss(critic: nn.Module, z: Tensor, classes: Tensor, weight: Tensor | float) -> Tensor:
+    r"""The loss of the critic, and ``weight`` times how far z and the classes are from independent, in nats.
+
+    With the critic for c(s | z) = q(s | z), this is the symmetrised divergence between the joint distribution of z and
+    the class s and the product of the two by themselves:
+
+    .. math::
+        KL(q(z, s) \| q(z) q(s)) + KL(q(z) q(s) \| q(z, s)) = E_{q(z, s)} \log c(s | z) - E_{q(z) q(s)} \log c(s | z)
+
+    The normaliser of the critic cancels. What is left is linear in its logits, and pulls as hard at cells of which it
+    is certain as at others. Parameters and gradients are those of :func:`adversarial_loss`; ``z`` has shape (B, L).
+    """
+    logits = _as_it_is(critic, z)
+    own = torch.nn.functional.one_hot(classes, logits.shape[-1]).to(logits.dtype)
+    shares = ranks.mean(own.mean(0))
+    dependence = ranks.mean(((own - shares) * logits).sum(-1).mean()).clamp(min=0)
+    return weight * dependence + _of_critic(critic, z, classes)
+
+
+def _as_it_is(critic: nn.Module, z: Tensor) -> Tensor:
+    """Its logits, through which gradients reach z and not the critic."""
+    parameters = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+    return functional_call(critic, parameters, (z,))
+
+
+def _of_critic(critic: nn.Module, z: Tensor, classes: Tensor) -> Tensor:
+    """Its own loss, whose gradients do not reach z."""
+    return cross_entropy(critic(z.detach()).flatten(0, -2), classes.flatten())
 
 
 def losses_by_cell(logits: Tensor, own: int) -> tuple[Tensor, Tensor]:

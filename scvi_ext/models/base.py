@@ -7,6 +7,7 @@ Legend: ``B`` cells in the minibatch, ``G`` genes, ``L`` latent units, ``K`` bat
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 
 from scvi_ext._contract import Expression, Loss, Minibatch, Posterior
-from scvi_ext._errors import one_of
+from scvi_ext._errors import number, one_of
 from scvi_ext.functional import fused
 from scvi_ext.functional.counts import LIKELIHOODS
 from scvi_ext.functional.divergences import kl_normal, kl_standard_normal, log_density
 from scvi_ext.functional.sampling import sample_normal
 from scvi_ext.kernels.sparse import SparseRows
+from scvi_ext.nn.classifier import Classifier
 from scvi_ext.nn.covariates import Covariates
 from scvi_ext.nn.decoders import DISPERSIONS
 from scvi_ext.nn.dispersion import Dispersion
@@ -61,6 +63,21 @@ def needs(config: CountConfig) -> frozenset[str]:
     """The optional columns of a minibatch that this configuration reads."""
     columns = {"labels": config.dispersion == "gene-label", "size_factor": config.library == "size_factor"}
     return frozenset(name for name, wanted in columns.items() if wanted)
+
+
+def batch_critic(adversarial_mixing: float, n_latent: int, n_batch: int) -> Classifier | None:
+    """What watches z and tells batches from it, where z is trained to tell as little as it can; else None.
+
+    ``adversarial_mixing`` is the weight of that, beside the KL divergence of z; 0: no critic.
+    """
+    name, weight = "adversarial_mixing", adversarial_mixing
+    _refuse(not 0 <= number(name, weight) < math.inf, f"{name}={weight!r} must be 0 or more, and finite.")
+    _refuse(
+        weight > 0 and n_batch < 2, f"{name}={weight!r} has no effect: there is one batch, and nothing to tell from it."
+    )
+    if weight == 0:
+        return None
+    return Classifier(n_latent, 128, n_batch, 2, dropout_rate=0.0, logits=True, use_batch_norm=False)
 
 
 class CountVAE(nn.Module, ABC):

@@ -20,8 +20,9 @@ import torch
 
 from scvi_ext._contract import Capability, Loss, ModelSpec
 from scvi_ext._errors import one_of
+from scvi_ext.functional.adversary import mixing_loss
 from scvi_ext.functional.divergences import kl_standard_normal
-from scvi_ext.models.base import CountConfig, CountVAE, needs
+from scvi_ext.models.base import CountConfig, CountVAE, batch_critic, needs
 from scvi_ext.nn.decoders import LinearDecoderSCVI
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Config(CountConfig):
 
     use_layer_norm: Literal["encoder", "none"] = "none"
     bias: bool = False
+    adversarial_mixing: float = 0.0
 
 
 class LDVAE(CountVAE):
@@ -50,6 +52,8 @@ class LDVAE(CountVAE):
         The same.
     bias
         Whether the linear decoder has a bias besides that of its batch normalisation.
+    adversarial_mixing
+        As in :class:`~scvi_ext.models.VAE`.
     encode_covariates, deeply_inject_covariates
         Of the encoder; the second needs the first.
     use_batch_norm
@@ -74,6 +78,7 @@ class LDVAE(CountVAE):
         reconstruction_loss: str = "zinb",
         *,
         bias: bool = False,
+        adversarial_mixing: float = 0.0,
         encode_covariates: bool = False,
         deeply_inject_covariates: bool = True,
         use_batch_norm: str = "both",
@@ -112,6 +117,8 @@ class LDVAE(CountVAE):
             bias=bias,
             **self.heads,
         )
+        self.adversarial_mixing = adversarial_mixing
+        self.critic = batch_critic(adversarial_mixing, n_latent, n_batch)
 
     def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0, noise: Tensor | None = None) -> Loss:
         """The negative ELBO (Svensson et al. 2020), its KL to the prior of z weighted by ``kl_weight``."""
@@ -121,6 +128,9 @@ class LDVAE(CountVAE):
         kl_z = kl_standard_normal(qz)  # (B,)
         kl_library = self.library.kl(ql, cells)  # (B,)
         total = (reconstruction + kl_library + kl_weight * kl_z).mean()
+        if self.critic is not None and self.training:
+            weight = kl_weight * self.adversarial_mixing
+            total = total + mixing_loss(self.critic, self.transform_z(z), cells.batch_index, weight)
         return Loss(total, reconstruction, kl_z, kl_library)
 
     @torch.no_grad()

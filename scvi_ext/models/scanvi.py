@@ -30,10 +30,11 @@ from torch import nn
 
 from scvi_ext._contract import LABELLED, Capability, Loss, ModelSpec, Posterior, Stream
 from scvi_ext._errors import one_of
+from scvi_ext.functional.adversary import mixing_loss
 from scvi_ext.functional.divergences import kl_categorical, kl_standard_normal, log_density
 from scvi_ext.functional.labels import check_labels, cross_entropy, fill_in, label_weights, log_prior
 from scvi_ext.functional.sampling import sample_normal
-from scvi_ext.models.base import CountConfig, CountVAE, needs
+from scvi_ext.models.base import CountConfig, CountVAE, batch_critic, needs
 from scvi_ext.nn.classifier import Classifier
 from scvi_ext.nn.decoders import Decoder, DecoderSCVI
 from scvi_ext.nn.encoders import Encoder
@@ -55,6 +56,7 @@ class Config(CountConfig):
     linear_classifier: bool = False
     y_prior: tuple[float, ...] | None = None
     labels_groups: tuple[str, ...] | None = None
+    adversarial_mixing: float = 0.0
 
 
 class SCANVI(CountVAE):
@@ -78,6 +80,8 @@ class SCANVI(CountVAE):
         Probability of each label, or numbers in proportion; by default the same for all.
     labels_groups
         Group of each label. Then q(y | z1) = q(group | z1) q(y | z1, group), with a classifier for each.
+    adversarial_mixing
+        As in :class:`~scvi_ext.models.VAE`, of z1.
     use_batch_norm, use_layer_norm, deeply_inject_covariates, **options
         Further options of :class:`~scvi_ext.models.base.CountVAE`.
     """
@@ -100,6 +104,7 @@ class SCANVI(CountVAE):
         linear_classifier: bool = False,
         y_prior: Sequence[float] | None = None,
         labels_groups: Sequence[Hashable] | None = None,
+        adversarial_mixing: float = 0.0,
         deeply_inject_covariates: bool = True,
         use_batch_norm: str = "both",
         use_layer_norm: str = "none",
@@ -156,6 +161,8 @@ class SCANVI(CountVAE):
             **in_decoder,
             **self.heads,
         )
+        self.adversarial_mixing = adversarial_mixing
+        self.critic = batch_critic(adversarial_mixing, n_latent, n_batch)
 
     def loss(
         self,
@@ -176,6 +183,9 @@ class SCANVI(CountVAE):
         kl_z = log_density(z1, qz1) + (weights * (kl_z2 - log_pz1)).sum(-1) + kl_y  # (B,)
         kl_library = self.library.kl(ql, cells)  # (B,)
         total = (reconstruction + kl_library + kl_weight * kl_z).mean()
+        if self.critic is not None and self.training:
+            weight = kl_weight * self.adversarial_mixing
+            total = total + mixing_loss(self.critic, self.transform_z(z1), cells.batch_index, weight)
         if labelled is None:
             return Loss(total, reconstruction, kl_z, kl_library)
         z1 = self.encode(labelled).loc

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scvi_ext._contract import Capability, Loss, ModelSpec
+from scvi_ext.functional.adversary import mixing_loss
 from scvi_ext.functional.divergences import kl_standard_normal
-from scvi_ext.models.base import CountConfig, CountVAE, needs
+from scvi_ext.models.base import CountConfig, CountVAE, batch_critic, needs
 from scvi_ext.nn.decoders import DecoderSCVI
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 class Config(CountConfig):
     """Options of scVI; keyword arguments of ``tl.fit(adata, model="scvi")``."""
 
+    adversarial_mixing: float = 0.0
+
 
 class VAE(CountVAE):
     """The torch module of scVI.
@@ -45,6 +48,9 @@ class VAE(CountVAE):
         those of encoder and decoder.
     dispersion, log_variational, reconstruction_loss
         The same.
+    adversarial_mixing
+        Weight of telling as little as possible of the batch in z, beside that of its KL divergence: a critic watches,
+        and how far z and batch are from independent is a part of the loss, in nats. 0: no critic.
     use_batch_norm, use_layer_norm, deeply_inject_covariates, **options
         Further options of :class:`~scvi_ext.models.base.CountVAE`.
     """
@@ -62,6 +68,7 @@ class VAE(CountVAE):
         log_variational: bool = True,
         reconstruction_loss: str = "zinb",
         *,
+        adversarial_mixing: float = 0.0,
         deeply_inject_covariates: bool = True,
         use_batch_norm: str = "both",
         use_layer_norm: str = "none",
@@ -94,6 +101,8 @@ class VAE(CountVAE):
             inject_covariates=deeply_inject_covariates,
             **self.heads,
         )
+        self.adversarial_mixing = adversarial_mixing
+        self.critic = batch_critic(adversarial_mixing, n_latent, n_batch)
 
     def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0, noise: Tensor | None = None) -> Loss:
         """The negative ELBO (Lopez et al. 2018, methods), its KL to the prior of z weighted by ``kl_weight``."""
@@ -103,6 +112,9 @@ class VAE(CountVAE):
         kl_z = kl_standard_normal(qz)  # (B,)
         kl_library = self.library.kl(ql, cells)  # (B,)
         total = (reconstruction + kl_library + kl_weight * kl_z).mean()
+        if self.critic is not None and self.training:
+            weight = kl_weight * self.adversarial_mixing
+            total = total + mixing_loss(self.critic, self.transform_z(z), cells.batch_index, weight)
         return Loss(total, reconstruction, kl_z, kl_library)
 
 

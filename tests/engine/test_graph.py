@@ -112,6 +112,7 @@ def fitted(make_counts, model="scvi", **options):
         (fitted, {}),
         (fitted, {"early_stopping": 2}),
         (fitted, {"library": "latent"}),
+        (fitted, {"adversarial_mixing": 3.0}),
         (fitted, {"model": "totalvi"}),
         (fitted_jointly, {}),
         (fitted_jointly, {"fool_step": "separate", "model_library_bools": (True, False)}),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.testing import assert_close
 
-from scvi_ext.functional.adversary import adversarial_loss, losses_by_cell
+from scvi_ext.functional.adversary import adversarial_loss, losses_by_cell, mixing_loss
 
 B, L = 11, 4
 
@@ -45,6 +45,46 @@ def test_one_sum_of_two_losses_that_do_not_reach_each_other(n_classes, weight):
     assert_close(d_z, expected, **FLOAT64)
     for found, expected in zip(d_critic, torch.autograd.grad(own, parameters), strict=True):
         assert_close(found, expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0, torch.tensor(0.4, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+def test_mixing_and_its_critic_do_not_reach_each_other(n_classes, weight):
+    critic, z, classes = make(n_classes)
+    log_p = log_softmax(critic(z), -1)  # E_q(z,s) and E_q(z)q(s) of log c(s | z), cell by cell
+    together = sum(row[own] for row, own in zip(log_p, classes.tolist(), strict=True)) / B
+    apart = sum(row[other] for row in log_p for other in classes.tolist()) / B**2
+    own, parameters = cross_entropy(critic(z), classes), list(critic.parameters())
+    loss = mixing_loss(critic, z, classes, weight)
+    assert_close(loss, own + weight * (together - apart), **FLOAT64)
+    d_z, *d_critic = torch.autograd.grad(loss, [z, *parameters])
+    (expected,) = torch.autograd.grad(weight * (together - apart), z, retain_graph=True)
+    assert_close(d_z, expected, **FLOAT64)
+    for found, expected in zip(d_critic, torch.autograd.grad(own, parameters), strict=True):
+        assert_close(found, expected, **FLOAT64)
+
+
+def test_what_mixing_minimises_is_the_symmetrised_divergence():
+    """Of z ~ N(m_s, I) it is sum_s q(s) |m_s - m|^2, since log q(s | z) is m_s z - |m_s|^2 / 2 + log q(s) + ..."""
+    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    means = torch.tensor([[0.7, -0.2], [-0.4, 0.5], [0.1, 1.1]], dtype=torch.float64)
+    best = nn.Linear(2, 3).double()
+    with torch.no_grad():
+        best.weight[:] = means
+        best.bias[:] = shares.log() - means.square().sum(-1) / 2
+    torch.manual_seed(0)
+    noise = torch.randn(10, 2, dtype=torch.float64)
+    noise = torch.cat([noise, -noise])  # a mean of zero in every class, which is all that counts here
+    classes = torch.tensor([0] * 5 + [1] * 3 + [2] * 2).repeat(2)
+    z = means[classes] + noise
+    dependence = mixing_loss(best, z, classes, 1.0) - mixing_loss(best, z, classes, 0.0)
+    assert_close(dependence, (shares * (means - shares @ means).square().sum(-1)).sum(), **FLOAT64)
+
+
+def test_of_independent_classes_there_is_nothing_to_mix():
+    critic, z, _ = make(3)
+    z, classes = z.repeat(3, 1), torch.arange(3).repeat_interleave(B)  # the same z in all of them
+    assert_close(mixing_loss(critic, z, classes, 5.0), mixing_loss(critic, z, classes, 0.0), **FLOAT64)
 
 
 def test_the_best_critic_and_the_best_disguise():

@@ -66,6 +66,7 @@ CASES = {
     "scvi": Case("scvi", DEEP | {"library": "latent", "dispersion": "gene-batch"}),
     "scvi-float32": Case("scvi", DEEP | {"library": "latent"}, as_trained=True),
     "scvi-ln": Case("scvi", {"latent_distribution": "ln", "use_layer_norm": "both", "dispersion": "gene-label"}),
+    "scvi-mixing": Case("scvi", {"adversarial_mixing": 3.0}),
     "ldvae": Case("ldvae", {"dispersion": "gene-cell", "dropout_rate": 0.3}),
     "vaec": Case("vaec", DEEP),
     "vaec-float32": Case("vaec", DEEP, as_trained=True),

@@ -59,6 +59,7 @@ VALUES = {
     "dropout_rate_decoder": (0.2, 0.0),
     "dropout_rate_encoder": (0.2, 0.0),
     "protein_weight": (1.0, 0.5),
+    "adversarial_mixing": (0.0, 3.0),
     "alpha_prior": (0.5, 0.3),
     "beta_prior": (0.5, 0.8),
     "minimal_dropout": (0.01, 0.0),

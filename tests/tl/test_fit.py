@@ -379,6 +379,7 @@ OTHER_VALUES = {
     "protein_efficiency": [True],
     "protein_weight": [2.0],
     "adversarial_classifier": ["on"],
+    "adversarial_mixing": [2.0],
     "zero_inflation": ["gene-batch", "gene-label", "gene-cell"],
     "alpha_prior": [0.3],
     "beta_prior": [0.8],
@@ -436,7 +437,7 @@ def test_registered_size_factors_are_used_by_default_and_on_request(counts):
         ("layer", r"it is called an argument of pp\.setup_anndata here"),
         ("n_latnet", r"Did you mean 'n_latent'\? Valid ones: .*batch_size.*n_latent.*use_batch_norm"),
         ("max_epoch", r"Did you mean 'max_epochs'\?"),
-        ("nonsense", r"Valid ones: batch_representation, .*, weight_decay\."),
+        ("nonsense", r"Valid ones: adversarial_mixing, .*, weight_decay\."),
     ],
 )
 def test_unknown_keywords_are_answered_with_the_right_ones(registered, name, answer):

@@ -23,6 +23,7 @@ OPTIONS = [
     {"batch_representation": "embedding"},
     {"library": "latent", "dispersion": "gene-batch"},
     {"latent_distribution": "ln", "reconstruction_loss": "nb"},
+    {"adversarial_mixing": 3.0},
 ]
 OF_ONE = [name for name in models.names() if Capability.JOINT not in models.get(name).capabilities]
 MODELS = [name for name in OF_ONE if "n_latent" in models.get(name).config.__dataclass_fields__]
