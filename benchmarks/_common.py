@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -117,6 +118,18 @@ def add_cache(parser: ArgumentParser) -> None:
     )
 
 
+def add_fits(parser: ArgumentParser) -> None:
+    """The option for further fits of ours."""
+    parser.add_argument(
+        "--fits",
+        nargs="*",
+        type=json.loads,
+        default=[],
+        metavar="JSON",
+        help="options of further fits of ours, such as '{\"adversarial_mixing\": 3}'",
+    )
+
+
 def machine() -> str:
     """One line about where this runs."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -197,6 +210,11 @@ def fit_ours(data: Data, seed: int, model: str = "scvi", **options: Any) -> Outc
         fit["status"],
         done - fitted,
     )
+
+
+def title(options: dict[str, Any]) -> str:
+    """What a fit of ours with these options is called in a table."""
+    return ", ".join(["scvi_ext", *(f"{name}={value}" for name, value in options.items())])
 
 
 def cached_reference(data: Data, seed: int, model: str = "scvi", cache: Path | None = None) -> Outcome | None:

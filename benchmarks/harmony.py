@@ -1,6 +1,6 @@
 """What a user would take instead: PCA and Harmony beside our default fit, in time and in quality.
 
-    python benchmarks/harmony.py pbmc_multibatch_5.h5ad:batch kang_ctrl_8donors.h5ad:batch --adversarial-mixing 3
+    python benchmarks/harmony.py pbmc_multibatch_5.h5ad:batch --fits '{"adversarial_mixing": 3}'
 
 PCA has 30 components of log-normalised counts (scanpy), Harmony is harmonypy with its defaults (left out where it is
 not installed). Time of PCA and Harmony: from normalised counts to the embedding, and normalisation by itself in another
@@ -21,6 +21,7 @@ import scanpy as sc
 from _common import (
     Outcome,
     add_cache,
+    add_fits,
     cached_reference,
     fit_ours,
     judge,
@@ -31,6 +32,7 @@ from _common import (
     read_data,
     same_threads,
     say,
+    title,
     warm_up,
 )
 
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="FILE.h5ad:BATCH_COLUMN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of our fit, and of PCA and Harmony")
     parser.add_argument("--max-epochs", type=int, help="of our fit, for a trial")
-    parser.add_argument("--adversarial-mixing", nargs="*", type=float, default=[], metavar="W", help="further fits")
+    add_fits(parser)
     parser.add_argument("--subsample", type=int, metavar="N", help="take N random cells of each file")
     add_cache(parser)
     arguments = parser.parse_args()
@@ -65,10 +67,10 @@ def main() -> None:
         pca_and_harmony(data.adata[few].copy(), data.batch_key, 0)
         for seed in arguments.seeds:
             normalization, outcomes = pca_and_harmony(data.adata, data.batch_key, seed)
-            for weight in (0.0, *arguments.adversarial_mixing):
-                ours = fit_ours(data, seed, max_epochs=arguments.max_epochs, adversarial_mixing=weight)
+            for options in ({}, *arguments.fits):
+                ours = fit_ours(data, seed, **{"max_epochs": arguments.max_epochs} | options)
+                ours.method = title(options)
                 ours.seconds += ours.latent_seconds
-                ours.method += f", adversarial_mixing={weight:g}" if weight else ""
                 outcomes.append(ours)
             reference = cached_reference(data, seed, cache=arguments.cache)
             if reference is not None:

@@ -1,12 +1,12 @@
 """Mixing of batches at equal separation of cell types.
 
-    python benchmarks/separation.py pbmc_multibatch_5.h5ad:batch --epochs 40 --adversarial-mixing 3 --plot FILE.svg
+    python benchmarks/separation.py pbmc_multibatch_5.h5ad:batch --fits '{"max_epochs": 40}' --plot separation.svg
 
 Batch mixing is measured among nearest neighbours, so whatever blurs an embedding raises it, and lowers the silhouette
 of the cell types. To compare embeddings of unequal separation, normal noise is added to each, more and more, until its
 silhouette has come down to the lowest one in the comparison. Compares PCA, Harmony (where harmonypy is installed), our
-fit with the default and other numbers of epochs, one sample of its posterior instead of the mean, fits with
-adversarial mixing, and the fit of scvi-tools that --cache has. Prints one markdown table.
+default fit, one sample of its posterior instead of the mean, further fits of ours, and the fit of scvi-tools that
+--cache has. Prints one markdown table.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from _common import (
     Data,
     Outcome,
     add_cache,
+    add_fits,
     batch_mixing,
     cached_reference,
     fit_ours,
@@ -29,6 +30,7 @@ from _common import (
     same_threads,
     say,
     silhouette,
+    title,
 )
 from harmony import pca_and_harmony
 
@@ -41,8 +43,7 @@ def main() -> None:
     """Embed, blur, judge, print and draw."""
     parser = make_parser(__doc__)
     parser.add_argument("files", nargs="+", help="FILE.h5ad:BATCH_COLUMN, with cell types in obs['cell_type']")
-    parser.add_argument("--epochs", nargs="*", type=int, default=[], help="further fits of ours")
-    parser.add_argument("--adversarial-mixing", nargs="*", type=float, default=[], metavar="W", help="the same")
+    add_fits(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--subsample", type=int, metavar="N", help="take N random cells of each file")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="the curves")
@@ -54,9 +55,7 @@ def main() -> None:
         if data.batch_key is None:
             parser.error(f"{file} needs a batch column: FILE.h5ad:BATCH_COLUMN")
         curves = []
-        further = [{"max_epochs": n} for n in arguments.epochs]
-        further += [{"adversarial_mixing": weight} for weight in arguments.adversarial_mixing]
-        for outcome in embeddings(data, arguments.seed, further, arguments.cache):
+        for outcome in embeddings(data, arguments.seed, arguments.fits, arguments.cache):
             curves.append(blurred(data, outcome, arguments.seed))
             say(curves[-1].iloc[0].to_dict())
         tables.append(pd.concat(curves))
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def embeddings(data: Data, seed: int, further: list[dict[str, float]], cache: Path | None) -> list[Outcome]:
-    """Everything that is compared; ``further`` are options of fits of ours."""
+    """Everything that is compared; ``further`` are the options of further fits of ours."""
     outcomes = pca_and_harmony(data.adata, data.batch_key, seed)[1]
     adata = data.shell()
     sx.pp.setup_anndata(adata, batch_key=data.batch_key)
@@ -79,7 +78,7 @@ def embeddings(data: Data, seed: int, further: list[dict[str, float]], cache: Pa
         outcomes.append(Outcome(name, float("nan"), float("nan"), adata.obsm[kind]))
     for options in further:
         outcome = fit_ours(data, seed, **options)
-        outcome.method = "scvi_ext, " + ", ".join(f"{name}={value:g}" for name, value in options.items())
+        outcome.method = title(options)
         outcomes.append(outcome)
     reference = cached_reference(data, seed, cache=cache)
     return outcomes if reference is None else [*outcomes, reference]
