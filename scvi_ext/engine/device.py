@@ -10,6 +10,7 @@ import torch
 
 from scvi_ext._errors import one_of, whole_number
 from scvi_ext._settings import settings
+from scvi_ext.functional import products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,12 +79,8 @@ def check_precision(precision: str, device: torch.device) -> str:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
-    # Some processors have the instructions, and their library of products does not make use of them for float32.
-    x = torch.full((64, 64), 1 + 2**-10)  # which bfloat16 takes for 1
-    with arithmetic(device, "bf16"):
-        return bool((x @ torch.eye(64) == 1).all())
+    # Without the instructions torch multiplies bfloat16 all the same, and slower than float32.
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 @contextmanager
@@ -93,19 +90,20 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     float32 allows TF32 on CUDA (10 bits of mantissa in the inputs of a product, float32 everywhere else), bf16 takes
     bfloat16 inputs (7 bits). Sums, parameters and likelihoods are float32 in any case.
     """
-    if device.type == "cpu" and precision == "float32":
-        yield
+    if device.type == "cpu":
+        with products.in_bfloat16() if precision == "bf16" else nullcontext():
+            yield
         return
-    products = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    before, products.fp32_precision = products.fp32_precision, "tf32" if device.type == "cuda" else "bf16"
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        matmul.fp32_precision = before
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """On CUDA with bf16, layers in bfloat16; the processor's products need no cast, see :func:`arithmetic`."""
+    """On CUDA with bf16, layers in bfloat16; layers cast by themselves on a processor, see :func:`arithmetic`."""
     if device.type == "cuda" and precision == "bf16":
         # A cast that was cached while a graph was captured would not be made again when it is replayed.
         return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, softplus
 from scvi_ext._contract import Posterior
 from scvi_ext._errors import one_of
 from scvi_ext.functional.sampling import sample_normal
-from scvi_ext.nn.layers import FCLayers
+from scvi_ext.nn.layers import FCLayers, Head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,9 +91,9 @@ class DecoderSCVI(nn.Module):
             covariate_gain=_COVARIATE_GAIN,
             **layer_options,
         )
-        self.px_scale_decoder = nn.Linear(n_hidden, n_output)
-        self.px_r_decoder = nn.Linear(n_hidden, n_output) if gene_cell else None
-        self.px_dropout_decoder = nn.Linear(n_hidden, n_output) if zero_inflation else None
+        self.px_scale_decoder = Head(n_hidden, n_output)
+        self.px_r_decoder = Head(n_hidden, n_output) if gene_cell else None
+        self.px_dropout_decoder = Head(n_hidden, n_output) if zero_inflation else None
         self.softmax = scale_activation == "softmax"
         self.scale_activation = _SCALES[scale_activation]
 

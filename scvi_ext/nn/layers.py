@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from scvi_ext.functional import ranks
+from scvi_ext.functional.products import linear
 from scvi_ext.functional.tensors import one_hot
 from scvi_ext.kernels.sparse import SparseRows
 
@@ -52,6 +52,14 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, n) or (S, B, n) to the same shape."""
         return ranks.dropout(x, self.p) if self.training else x
+
+
+class Head(nn.Linear):
+    """That of torch, from hidden units to all genes: the largest product of a step, in the precision of the fit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n_in) to (..., n_out)."""
+        return linear(x, self.weight, self.bias)
 
 
 class FCLayer(nn.Module):

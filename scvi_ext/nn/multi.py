@@ -13,7 +13,7 @@ from scvi_ext._contract import Posterior
 from scvi_ext._errors import one_of
 from scvi_ext.functional.sampling import reparameterize_gaussian
 from scvi_ext.nn.decoders import DISPERSIONS
-from scvi_ext.nn.layers import FCLayers
+from scvi_ext.nn.layers import FCLayers, Head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,9 +131,9 @@ class MultiDecoder(nn.Module):
                 n_in, n_hidden_shared, None, n_layers_shared, n_hidden_shared, dropout_rate, n_instances=n_heads
             )
             n_in = n_hidden_shared
-        self.px_scale_decoder = nn.Linear(n_in, n_output)
-        self.px_r_decoder = nn.Linear(n_in, n_output) if gene_cell else None
-        self.px_dropout_decoder = nn.Linear(n_in, n_output) if zero_inflation else None
+        self.px_scale_decoder = Head(n_in, n_output)
+        self.px_r_decoder = Head(n_in, n_output) if gene_cell else None
+        self.px_dropout_decoder = Head(n_in, n_output) if zero_inflation else None
         self.softmax = True
         self.scale_activation = partial(torch.softmax, dim=-1)
 

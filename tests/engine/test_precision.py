@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ import torch
 import scvi_ext as sx
 from scvi_ext._contract import Minibatch
 from scvi_ext.engine.device import _has_bf16, arithmetic, check_precision
+from scvi_ext.functional import products
 from scvi_ext.models.scvi import VAE
 
 CPU = torch.device("cpu")
@@ -23,39 +22,65 @@ def test_unknown_precision(registered):
     assert "fits" not in registered.uns["scvi_ext"]
 
 
-def test_a_processor_without_bfloat16_says_so(registered, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+@pytest.mark.parametrize(
+    "lacking", [(torch.backends.mkldnn, "is_available"), (torch.cpu, "_is_avx512_bf16_supported")], ids=lambda x: x[1]
+)
+def test_a_processor_without_bfloat16_says_so(registered, monkeypatch, lacking):
+    monkeypatch.setattr(*lacking, lambda: False)
     with pytest.raises(ValueError, match="cpu has no bfloat16 arithmetic: use precision='float32'"):
         sx.tl.fit(registered, max_epochs=1, precision="bf16")
     assert check_precision("float32", CPU) == "float32"
 
 
-def test_a_processor_whose_products_stay_as_they_are_has_no_bfloat16(monkeypatch):
-    """Or the option would be accepted and have no effect."""
-    monkeypatch.setattr("scvi_ext.engine.device.arithmetic", lambda device, precision: nullcontext())
-    assert not _has_bf16(CPU)
-
-
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=needs_bf16)])
-def test_the_setting_of_the_process_is_given_back(precision):
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.raises(KeyboardInterrupt), arithmetic(CPU, precision):
+def test_the_setting_of_the_process_is_given_back():
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    exact = torch.nn.functional.linear(x, weight)
+    with arithmetic(CPU, "bf16"):
+        assert not torch.equal(products.linear(x, weight), exact)
+    with arithmetic(CPU, "float32"):
+        assert torch.equal(products.linear(x, weight), exact)
+    with pytest.raises(KeyboardInterrupt), arithmetic(CPU, "bf16"):
         raise KeyboardInterrupt
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.equal(products.linear(x, weight), exact)
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (3, 7, 64)], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_factors_are_rounded_and_sums_are_not(shape, has_bias):
+    """Each factor by at most 2^-8 of itself, and the result once more; against float64."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(50, 64, requires_grad=True)
+    bias = torch.full((50,), 1000.0, requires_grad=True) if has_bias else None  # would drown all else in bfloat16
+    d_y = torch.randn(*shape[:-1], 50)
+    with arithmetic(CPU, "bf16"):
+        y = products.linear(x, weight, bias)
+    parameters = [x, weight] if bias is None else [x, weight, bias]
+    gradients = torch.autograd.grad(y, parameters, d_y)
+    assert {t.dtype for t in (y, *gradients)} == {torch.float32}
+    x, weight, d_y = (t.detach().double() for t in (x, weight, d_y))
+    flat, of_cells = x.flatten(0, -2), d_y.flatten(0, -2)
+    for found, one, other in (
+        (y if bias is None else y - bias, x, weight.t()),
+        (gradients[0], d_y, weight),
+        (gradients[1], of_cells.t(), flat),
+    ):
+        bound = 1.01 * (2**-7 * (one.abs() @ other.abs()) + 2**-8 * (one @ other).abs())
+        slack = 0 if bias is None else 1e-3  # of 1000 + y in float32
+        assert ((found - one @ other).abs() <= bound + slack).all()
+        assert not torch.equal(found, (one @ other).float())
+    if bias is not None:
+        torch.testing.assert_close(gradients[2].double(), of_cells.sum(0), rtol=1e-5, atol=1e-5)
 
 
 @needs_bf16
-def test_products_are_rounded_inside_and_not_outside():
-    a, b = (torch.randn(64, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    exact = a @ b
-    with arithmetic(CPU, "float32"):
-        assert torch.equal(a @ b, exact)
-    with arithmetic(CPU, "bf16"):
-        rounded = a @ b
-    assert not torch.equal(rounded, exact)
-    # Both factors of each product are rounded by at most 2^-9; sums are float32.
-    assert ((rounded - exact).abs() <= 1.01 * 2**-8 * (a.abs() @ b.abs())).all()
-    assert torch.equal(a @ b, exact)
+@pytest.mark.parametrize("model", ["ldvae", "vaec", "scanvi", "autozi"])
+def test_no_model_takes_it_for_nothing(counts, model):
+    sx.pp.setup_anndata(counts, batch_key="batch", labels_key="cell_type")
+    for precision in ("float32", "bf16"):
+        sx.tl.fit(counts, model, key_added=precision, max_epochs=2, n_hidden=16, n_latent=4, precision=precision)
+    single, rounded = (sx.get.history(counts, key)["elbo_validation"].to_numpy() for key in ("float32", "bf16"))
+    assert not np.array_equal(single, rounded)
+    np.testing.assert_allclose(rounded, single, rtol=0.02)
 
 
 @needs_bf16

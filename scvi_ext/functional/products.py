@@ -1,0 +1,58 @@
+"""The matrix products of layers: in float32, or of inputs in bfloat16 where a fit on the processor asked for that."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+_in_bfloat16 = False
+
+
+@contextmanager
+def in_bfloat16() -> Iterator[None]:
+    """Inside, :func:`linear` rounds its inputs, and the gradients that it multiplies, to bfloat16 (8 bits).
+
+    This belongs to the whole process, as torch's own settings do: one thread at a time can be inside.
+    """
+    global _in_bfloat16
+    before, _in_bfloat16 = _in_bfloat16, True
+    try:
+        yield
+    finally:
+        _in_bfloat16 = before
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """That of torch, (..., n_in) to (..., n_out). Parameters, results and sums over cells are float32 in any case."""
+    if not _in_bfloat16:
+        return torch.nn.functional.linear(x, weight, bias)
+    return _Rounded.apply(x, weight, bias)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        y = torch.nn.functional.linear(x, weight).float()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_cells = d_y.flatten(0, -2)  # (S B, n_out)
+        d_bias = of_cells.sum(0) if ctx.has_bias else None
+        of_cells = of_cells.bfloat16()
+        d_x = (of_cells @ weight).float().view_as(x)
+        d_weight = (of_cells.t() @ x.flatten(0, -2)).float()
+        return d_x, d_weight, d_bias
