@@ -7,7 +7,6 @@ Legend: ``B`` cells in the minibatch, ``G`` genes, ``L`` latent units, ``K`` bat
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -68,10 +67,11 @@ def needs(config: CountConfig) -> frozenset[str]:
 def batch_critic(adversarial_mixing: float, n_latent: int, n_batch: int) -> Classifier | None:
     """What watches z and tells batches from it, where z is trained to tell as little as it can; else None.
 
-    ``adversarial_mixing`` is the weight of that, beside the KL divergence of z; 0: no critic.
+    ``adversarial_mixing`` is the weight of that, beside the KL divergence of z; 0: no critic. Far above 10 the critic
+    cannot follow, and there is less mixing rather than more.
     """
     name, weight = "adversarial_mixing", adversarial_mixing
-    _refuse(not 0 <= number(name, weight) < math.inf, f"{name}={weight!r} must be 0 or more, and finite.")
+    _refuse(not 0 <= number(name, weight) <= 100, f"{name}={weight!r} must be from 0 to 100.")
     _refuse(
         weight > 0 and n_batch < 2, f"{name}={weight!r} has no effect: there is one batch, and nothing to tell from it."
     )

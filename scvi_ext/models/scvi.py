@@ -50,7 +50,7 @@ class VAE(CountVAE):
         The same.
     adversarial_mixing
         Weight of telling as little as possible of the batch in z, beside that of its KL divergence: a critic watches,
-        and how far z and batch are from independent is a part of the loss, in nats. 0: no critic.
+        and how far z and batch are from independent is a part of the loss, in nats. 0: no critic; 100 at most.
     use_batch_norm, use_layer_norm, deeply_inject_covariates, **options
         Further options of :class:`~scvi_ext.models.base.CountVAE`.
     """

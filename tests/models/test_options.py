@@ -52,9 +52,9 @@ BAD_SIZES = [
     ({"n_layers_encoder": 0}, "n_layers_encoder=0 must be 1 or more."),
     ({"dropout_rate_encoder": 1.0}, "dropout_rate_encoder=1.0 must be at least 0 and below 1."),
     ({"dropout_rate_decoder": -0.1}, "dropout_rate_decoder=-0.1 must be at least 0 and below 1."),
-    ({"adversarial_mixing": -1.0}, "adversarial_mixing=-1.0 must be 0 or more, and finite."),
-    ({"adversarial_mixing": float("inf")}, "adversarial_mixing=inf must be 0 or more, and finite."),
-    ({"adversarial_mixing": float("nan")}, "adversarial_mixing=nan must be 0 or more, and finite."),
+    ({"adversarial_mixing": -1.0}, "adversarial_mixing=-1.0 must be from 0 to 100."),
+    ({"adversarial_mixing": float("inf")}, "adversarial_mixing=inf must be from 0 to 100."),
+    ({"adversarial_mixing": float("nan")}, "adversarial_mixing=nan must be from 0 to 100."),
     ({"protein_weight": 0.0}, "protein_weight=0.0 must be positive and finite."),
     ({"protein_weight": float("inf")}, "protein_weight=inf must be positive and finite."),
 ]

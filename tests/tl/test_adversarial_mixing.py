@@ -66,7 +66,9 @@ def test_the_fit_travels_with_its_critic(make_counts, tmp_path):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (-1, ValueError, "adversarial_mixing=-1 must be 0 or more, and finite."),
+        (-1, ValueError, "adversarial_mixing=-1 must be from 0 to 100."),
+        (1e6, ValueError, "adversarial_mixing=1000000.0 must be from 0 to 100."),
+        (10**400, ValueError, "must be from 0 to 100"),
         ("on", TypeError, "adversarial_mixing='on'"),
         (True, TypeError, "adversarial_mixing=True"),
     ],
