@@ -49,7 +49,8 @@ def mixing_loss(critic: nn.Module, z: Tensor, classes: Tensor, weight: Tensor | 
         KL(q(z, s) \| q(z) q(s)) + KL(q(z) q(s) \| q(z, s)) = E_{q(z, s)} \log c(s | z) - E_{q(z) q(s)} \log c(s | z)
 
     The normaliser of the critic cancels. What is left is linear in its logits, and pulls as hard at cells of which it
-    is certain as at others. Parameters and gradients are those of :func:`adversarial_loss`; ``z`` has shape (B, L).
+    is certain as at others. A critic that lags behind may find less than nothing: then nothing is pulled, or z would
+    run away from it. Parameters and gradients are those of :func:`adversarial_loss`; ``z`` has shape (B, L).
     """
     logits = _as_it_is(critic, z)
     own = torch.nn.functional.one_hot(classes, logits.shape[-1]).to(logits.dtype)

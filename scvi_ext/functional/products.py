@@ -53,6 +53,6 @@ class _Rounded(torch.autograd.Function):
         of_cells = d_y.flatten(0, -2)  # (S B, n_out)
         d_bias = of_cells.sum(0) if ctx.has_bias else None
         of_cells = of_cells.bfloat16()
-        d_x = (of_cells @ weight).float().view_as(x)
+        d_x = (of_cells @ weight).float().view_as(x) if ctx.needs_input_grad[0] else None  # none for counts
         d_weight = (of_cells.t() @ x.flatten(0, -2)).float()
         return d_x, d_weight, d_bias

@@ -81,6 +81,21 @@ def test_what_mixing_minimises_is_the_symmetrised_divergence():
     assert_close(dependence, (shares * (means - shares @ means).square().sum(-1)).sum(), **FLOAT64)
 
 
+def test_a_critic_that_is_wrong_pulls_at_nothing():
+    """It says the opposite of what is: z would run away from it, and batches come apart on the other side."""
+    right, z, classes = nn.Linear(L, 2).double(), torch.randn(B, L, dtype=torch.float64), torch.arange(B) % 2
+    with torch.no_grad():
+        right.weight[:] = 0
+        right.weight[1, 0], z[:, 0] = 1.0, classes + 0.1 * z[:, 0]
+    wrong, z = nn.Sequential(right, nn.Linear(2, 2, bias=False).double()), z.requires_grad_()
+    with torch.no_grad():
+        wrong[1].weight[:] = -torch.eye(2)
+    for critic, pulls in ((right, True), (wrong, False)):
+        loss = mixing_loss(critic, z, classes, 3.0)
+        assert (loss > mixing_loss(critic, z, classes, 0.0)) == pulls
+        assert torch.autograd.grad(loss, z)[0].any() == pulls
+
+
 def test_of_independent_classes_there_is_nothing_to_mix():
     critic, z, _ = make(3)
     z, classes = z.repeat(3, 1), torch.arange(3).repeat_interleave(B)  # the same z in all of them
