@@ -110,8 +110,9 @@ def fit(
         fit is inside, ``<file>.<key_added>.checkpoint``; of several processes ``<key_added>.checkpoint`` else.
     resume
         True: go on exactly where the fit ``key_added`` stopped, in ``adata`` or in its checkpoint file; all other
-        options are those of that run. ``"auto"``: go on where there is such a fit, which must have been given the same
-        options, and begin where there is none: for scripts that are started again and again.
+        options are those of that run. ``"auto"``: go on where there is such a fit, leave it where it is finished, and
+        begin where there is none: for scripts that are started again and again. An unfinished fit must have been given
+        the same options; a finished one of other options is replaced, as by any fit.
     progress
         Show a bar; None shows it in terminals and notebooks.
     copy
