@@ -18,7 +18,7 @@ _in_bfloat16 = False
 
 @contextmanager
 def in_bfloat16() -> Iterator[None]:
-    """Inside, :func:`linear` rounds its inputs, and the gradients that it multiplies, to bfloat16 (8 bits).
+    """Inside, :func:`linear` rounds its inputs, and the gradients that it multiplies, to bfloat16 (7 bits of mantissa).
 
     This belongs to the whole process, as torch's own settings do: one thread at a time can be inside.
     """

@@ -70,13 +70,12 @@ def batch_critic(adversarial_mixing: float, n_latent: int, n_batch: int) -> Clas
     ``adversarial_mixing`` is the weight of that, beside the KL divergence of z; 0: no critic. Far above 10 the critic
     cannot follow, and there is less mixing rather than more.
     """
-    name, weight = "adversarial_mixing", adversarial_mixing
-    _refuse(not 0 <= number(name, weight) <= 100, f"{name}={weight!r} must be from 0 to 100.")
-    _refuse(
-        weight > 0 and n_batch < 2, f"{name}={weight!r} has no effect: there is one batch, and nothing to tell from it."
-    )
+    weight = number("adversarial_mixing", adversarial_mixing)
+    given = f"adversarial_mixing={adversarial_mixing!r}"
+    _refuse(not 0 <= weight <= 100, f"{given} must be from 0 to 100.")
     if weight == 0:
         return None
+    _refuse(n_batch < 2, f"{given} has no effect: there is one batch, and nothing to tell from it.")
     return Classifier(n_latent, 128, n_batch, 2, dropout_rate=0.0, logits=True, use_batch_norm=False)
 
 
