@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.function import once_differentiable
 
+from scvi_ext.kernels import dense
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,7 +35,7 @@ def in_bfloat16() -> Iterator[None]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """That of torch, (..., n_in) to (..., n_out). Parameters, results and sums over cells are float32 in any case."""
     if not _in_bfloat16:
-        return torch.nn.functional.linear(x, weight, bias)
+        return dense.linear(x, weight, bias)
     return _Rounded.apply(x, weight, bias)
 
 
@@ -54,5 +56,5 @@ class _Rounded(torch.autograd.Function):
         d_bias = of_cells.sum(0) if ctx.has_bias else None
         of_cells = of_cells.bfloat16()
         d_x = (of_cells @ weight).float().view_as(x) if ctx.needs_input_grad[0] else None  # none for counts
-        d_weight = (of_cells.t() @ x.flatten(0, -2)).float()
-        return d_x, d_weight, d_bias
+        d_weight = (x.flatten(0, -2).t() @ of_cells).float()  # (n_in, n_out)
+        return d_x, d_weight.t(), d_bias

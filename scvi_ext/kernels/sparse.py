@@ -10,6 +10,7 @@ import torch
 from numba import prange
 from torch.autograd.function import once_differentiable
 
+from scvi_ext.kernels import dense
 from scvi_ext.kernels.compiler import arrays, fast, in_parallel, kernel, parallel, widest_vectors
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class SparseRows:
             msg = f"Counts of {self.n_genes} genes were given to a layer for {weight.shape[1]}."
             raise ValueError(msg)
         if not (self.multiply_sparse and weight.dtype == torch.float32):
-            return torch.nn.functional.linear(self.to_dense().to(weight.dtype), weight, bias)
+            return dense.linear(self.to_dense().to(weight.dtype), weight, bias)
         return _Product.apply(self, weight, bias)
 
 

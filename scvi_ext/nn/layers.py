@@ -57,6 +57,10 @@ class Dropout(nn.Dropout):
 class Head(nn.Linear):
     """That of torch, from hidden units to all genes: the largest product of a step, in the precision of the fit."""
 
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out)
+        _lay_out_by_input(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n_in) to (..., n_out)."""
         return linear(x, self.weight, self.bias)
@@ -189,8 +193,7 @@ class FCLayers(nn.Module):
 
     def for_sparse_rows(self) -> FCLayers:
         """The same layers, the weights of the first laid out gene by gene, as products with sparse rows read them."""
-        first = self.layers[0].linear
-        first.weight = nn.Parameter(first.weight.detach().t().contiguous().t())
+        _lay_out_by_input(self.layers[0].linear)
         return self
 
     def _one_hots(self, cat_list: Sequence[Tensor]) -> Tensor | None:
@@ -204,6 +207,11 @@ class FCLayers(nn.Module):
         dtype = self.layers[0].linear.weight.dtype
         columns = [(c if c.shape[-1] == n and c.dim() > 1 else one_hot(c, n)).to(dtype) for c, n in kept]
         return _side_by_side(columns)
+
+
+def _lay_out_by_input(layer: nn.Linear) -> None:
+    """Bring the weights of one input after the other into memory, as products and their gradients go through them."""
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
 
 
 def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
