@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from scvi_ext.engine.plan import Plan
     from scvi_ext.engine.processes import Team
 
-_VALIDATION_CELLS = 1024  # per forward pass
+_VALIDATION_CELLS = {"cpu": 256, "cuda": 1024}  # per forward pass: what fits the cache, what fills the device
 _ASK_EVERY = 32  # steps of several processes, after which they agree on whether somebody asked to stop
 
 
@@ -330,7 +330,7 @@ class _Loop:
         streams = self.epochs.held_out(self.validation)
         if not any(map(len, streams)):
             return total
-        n_passes = -(-max(map(len, streams)) // _VALIDATION_CELLS)
+        n_passes = -(-max(map(len, streams)) // _VALIDATION_CELLS[device.type])
         passes = list(zip(*(np.array_split(cells, n_passes) for cells in streams), strict=True))
         mine = team.share(range(n_passes))
 

@@ -104,7 +104,7 @@ def test_history_is_the_mean_over_the_cells_of_its_epoch(watched):
 
 def test_a_long_evaluation_goes_in_parts_and_weighs_every_cell_the_same(registered, monkeypatch):
     whole = sx.tl.fit(registered, copy=True, train_size=0.5, **RUN)
-    monkeypatch.setattr(engine, "_VALIDATION_CELLS", 33)  # 100 cells: the last part has one
+    monkeypatch.setitem(engine._VALIDATION_CELLS, "cpu", 33)  # 100 cells: the last part has one
     parts = sx.tl.fit(registered, copy=True, train_size=0.5, **RUN)
     columns = ["kl_z_validation", "kl_library_validation"]  # which have no random part
     np.testing.assert_allclose(sx.get.history(parts)[columns], sx.get.history(whole)[columns], rtol=1e-5)

@@ -50,7 +50,7 @@ def small_blocks(monkeypatch):
     before = sx.settings.memory_limit
     monkeypatch.setattr("scvi_ext.data.store.BLOCK_BYTES", 25_000)
     monkeypatch.setattr("scvi_ext.engine.map_cells.BLOCK_BYTES", 25_000)
-    monkeypatch.setattr(engine, "_VALIDATION_CELLS", 25)
+    monkeypatch.setitem(engine._VALIDATION_CELLS, "cpu", 25)
     # The library of HDF5 keeps the last megabytes that it has read, which is all of a file as small as these.
     plain = h5py.File.__init__
     monkeypatch.setattr(h5py.File, "__init__", lambda *given, **options: plain(*given, rdcc_nbytes=0, **options))
