@@ -22,6 +22,8 @@ _in_bfloat16 = False
 def in_bfloat16() -> Iterator[None]:
     """Inside, :func:`linear` rounds its inputs, and the gradients that it multiplies, to bfloat16 (7 bits of mantissa).
 
+    Small products, which gain nothing by it, remain as they are.
+
     This belongs to the whole process, as torch's own settings do: one thread at a time can be inside.
     """
     global _in_bfloat16
@@ -34,9 +36,9 @@ def in_bfloat16() -> Iterator[None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """That of torch, (..., n_in) to (..., n_out). Parameters, results and sums over cells are float32 in any case."""
-    if not _in_bfloat16:
-        return dense.linear(x, weight, bias)
-    return _Rounded.apply(x, weight, bias)
+    if _in_bfloat16 and dense.is_large(x, weight):
+        return _Rounded.apply(x, weight, bias)
+    return dense.linear(x, weight, bias)
 
 
 class _Rounded(torch.autograd.Function):

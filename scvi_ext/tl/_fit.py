@@ -98,8 +98,8 @@ def fit(
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
     precision
         Of the inputs of matrix products while training: ``"float32"`` (on CUDA: TF32, 10 bits of mantissa), or
-        ``"bf16"`` (7 bits) where the device has it. Likelihoods, sums and parameters are float32 in any case, and so is
-        all that is read out later.
+        ``"bf16"`` (7 bits) where the device has it, on a processor in large layers only. Likelihoods, sums and
+        parameters are float32 in any case, and so is all that is read out later.
     seed
         Of initial weights, split, order of the cells, dropout and posterior samples; None takes ``settings.seed``.
         Global random generators are neither read nor changed.

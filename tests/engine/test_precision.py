@@ -10,10 +10,16 @@ import scvi_ext as sx
 from scvi_ext._contract import Minibatch
 from scvi_ext.engine.device import _has_bf16, arithmetic, check_precision
 from scvi_ext.functional import products
+from scvi_ext.kernels import dense
 from scvi_ext.models.scvi import VAE
 
 CPU = torch.device("cpu")
 needs_bf16 = pytest.mark.skipif(not _has_bf16(CPU), reason="needs a processor with bfloat16 instructions")
+
+
+@pytest.fixture
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(dense, "_LARGE", 0)
 
 
 def test_unknown_precision(registered):
@@ -32,9 +38,9 @@ def test_a_processor_without_bfloat16_says_so(registered, monkeypatch, lacking):
     assert check_precision("float32", CPU) == "float32"
 
 
-def test_the_setting_of_the_process_is_given_back():
+def test_the_setting_of_the_process_is_given_back(nothing_is_small):
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
-    exact = torch.nn.functional.linear(x, weight)
+    exact = products.linear(x, weight)
     with arithmetic(CPU, "bf16"):
         assert not torch.equal(products.linear(x, weight), exact)
     with arithmetic(CPU, "float32"):
@@ -44,9 +50,15 @@ def test_the_setting_of_the_process_is_given_back():
     assert torch.equal(products.linear(x, weight), exact)
 
 
+def test_small_products_are_not_rounded():
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    with arithmetic(CPU, "bf16"):
+        assert torch.equal(products.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
 @pytest.mark.parametrize("shape", [(7, 64), (3, 7, 64)], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_factors_are_rounded_and_sums_are_not(shape, has_bias):
+def test_factors_are_rounded_and_sums_are_not(shape, has_bias, nothing_is_small):
     """Each factor by at most 2^-8 of itself, and the result once more; against float64."""
     torch.manual_seed(0)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(50, 64, requires_grad=True)
@@ -74,7 +86,7 @@ def test_factors_are_rounded_and_sums_are_not(shape, has_bias):
 
 @needs_bf16
 @pytest.mark.parametrize("model", ["ldvae", "vaec", "scanvi", "autozi"])
-def test_no_model_takes_it_for_nothing(counts, model):
+def test_no_model_takes_it_for_nothing(counts, model, nothing_is_small):
     sx.pp.setup_anndata(counts, batch_key="batch", labels_key="cell_type")
     for precision in ("float32", "bf16"):
         sx.tl.fit(counts, model, key_added=precision, max_epochs=2, n_hidden=16, n_latent=4, precision=precision)
@@ -84,7 +96,7 @@ def test_no_model_takes_it_for_nothing(counts, model):
 
 
 @needs_bf16
-def test_a_fit_in_bfloat16_learns_the_same(make_counts):
+def test_a_fit_in_bfloat16_learns_the_same(make_counts, nothing_is_small):
     elbos = {}
     for precision in ("float32", "bf16"):
         adata = make_counts()
