@@ -53,6 +53,9 @@ def onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        if not weight.t().is_contiguous():  # a part of a larger matrix takes oneDNN a hundred times as long
+            weight = weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return onednn()(x, weight, bias)

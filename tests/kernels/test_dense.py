@@ -71,6 +71,18 @@ def test_only_gradients_that_are_asked_for_are_made(monkeypatch):
 
 
 @needs_onednn
+def test_a_part_of_a_larger_matrix_is_copied_first(monkeypatch):
+    """It is right without, and takes a hundred times as long."""
+    seen = []
+    run = dense.onednn()
+    monkeypatch.setattr(dense, "onednn", lambda: lambda *args: seen.extend(args[:2]) or run(*args))
+    x, weight = scattered(torch.randn(128, 128)).requires_grad_(), part(torch.randn(2000, 128)).requires_grad_()
+    dense.linear(x, weight).sum().backward()
+    assert len(seen) == 6
+    assert all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in seen)
+
+
+@needs_onednn
 def test_the_gradient_lies_in_memory_as_weights_by_input_do():
     weight = by_input(torch.randn(2000, 128)).detach().requires_grad_()
     dense.linear(torch.randn(128, 128), weight).sum().backward()
