@@ -83,6 +83,17 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
+def keep_freed_memory(device: torch.device) -> None:
+    """Let the C library keep what a step frees for the next one, instead of giving it back to the system each time.
+
+    Each page that the system hands out anew costs an interrupt. The allocator of glibc holds on to twice the largest
+    piece that it has seen freed, if that had at most 32 MB (its manual: mallopt, M_MMAP_THRESHOLD); others do as they
+    always did.
+    """
+    if device.type == "cpu":
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
 @contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """Inside, matrix products take the inputs that a training run with this precision allows.

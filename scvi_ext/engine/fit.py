@@ -18,7 +18,7 @@ from scvi_ext.data.matrix import UnreadableRowsError
 from scvi_ext.data.sampler import epoch_order, some_of_each_label
 from scvi_ext.data.stream import cells_of_run
 from scvi_ext.engine.checkpoint import Snapshot, generator_arrays, load_generators, load_module, module_arrays
-from scvi_ext.engine.device import arithmetic
+from scvi_ext.engine.device import arithmetic, keep_freed_memory
 from scvi_ext.engine.graph import make_runner
 from scvi_ext.engine.guard import MAX_ROLLBACKS, find_culprits
 from scvi_ext.engine.interrupt import TO_STOP, deferred_interrupt
@@ -145,6 +145,7 @@ def fit(
     How the run went, and a checkpoint from which it can go on. A run that a damaged file or the end of another process
     has interrupted tells so in ``failure``, which the caller raises when it has kept what was trained.
     """
+    keep_freed_memory(device)
     module.to(device).train()
     shape = (plan.steps_per_epoch, plan.batch_size)
     source = cells_of_run(store, device, streams, (shape[0], shape[1] // team.n), blocks)
