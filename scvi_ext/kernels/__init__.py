@@ -1,1 +1,1 @@
-"""Fused count losses and sparse products: forward and gradient in one pass."""
+"""Fused count losses, with all gradients in one pass, products with sparse and with dense rows, and Adam."""

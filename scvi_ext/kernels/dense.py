@@ -38,7 +38,7 @@ def onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     """The product of oneDNN, without gradients; None where torch has none, or not the right one."""
     try:
         operator = torch.ops.mkldnn._linear_pointwise.default
-        x, weight, bias = (torch.linspace(-1, 1, n) for n in (6 * 40, 70 * 40, 70))
+        x, weight, bias = (torch.linspace(-1, 1, n, dtype=torch.float32) for n in (6 * 40, 70 * 40, 70))
         x, weight = x.view(6, 40), weight.view(70, 40)
         expected = functional.linear(x.double(), weight.double(), bias.double())
         found = [operator(x, w, bias, "none", [], "") for w in (weight, weight.t().contiguous().t())]

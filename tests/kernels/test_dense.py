@@ -52,8 +52,9 @@ def test_value_and_gradients(whoever, shape, n_out, has_bias, lay_out):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).abs().max() <= OF_LARGEST * b.abs().max()
-    with torch.no_grad():
-        assert torch.equal(dense.linear(*here), y)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            assert torch.equal(dense.linear(*here), y)
 
 
 @needs_onednn
@@ -101,6 +102,16 @@ def test_the_gradient_lies_in_memory_as_weights_by_input_do():
 def test_all_else_is_left_to_torch(x, weight, monkeypatch):
     monkeypatch.setattr(dense, "onednn", lambda: pytest.fail("was asked"))
     assert torch.equal(dense.linear(x, weight), functional.linear(x, weight))
+
+
+@needs_onednn
+def test_it_is_found_whatever_the_default_precision_is():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert dense.onednn.__wrapped__() is not None
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_a_torch_without_the_operator_multiplies_itself(monkeypatch):
