@@ -1,6 +1,6 @@
 """Dense matrix products on the processor: by oneDNN, which is a part of most builds of torch, where they are large.
 
-torch itself asks MKL for products in float32, whose kernels are slow on processors that are not Intel's.
+torch itself asks MKL for products in float32, whose kernels are slow on an AMD processor (see the page on performance).
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_rows = d_y.flatten(0, -2).contiguous()  # (S B, n_out)
         d_x = onednn()(d_rows, weight.t(), None).view_as(x) if ctx.needs_input_grad[0] else None  # none for counts
-        d_weight = gradient_of_weight(x.flatten(0, -2), d_rows) if ctx.needs_input_grad[1] else None
+        d_weight = _gradient_of_weight(x.flatten(0, -2), d_rows) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, d_rows.sum(0) if ctx.has_bias else None
 
 
-def gradient_of_weight(x: Tensor, d_y: Tensor) -> Tensor:
+def _gradient_of_weight(x: Tensor, d_y: Tensor) -> Tensor:
     """``d_y.T @ x``, (n_out, n_in), from (B, n_in) and (B, n_out). It lies in memory input by input."""
     if x.shape[1] > d_y.shape[1]:  # oneDNN would bring the wider of the two into another order first
         return (x.t() @ d_y).t()

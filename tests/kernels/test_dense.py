@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _tolerances import PRODUCT_OF_LARGEST
 from torch.nn import functional
 
 from scvi_ext.kernels import dense
 
 needs_onednn = pytest.mark.skipif(dense.onednn() is None, reason="torch was built without oneDNN")
-# Of the largest entry: a sum of up to 3,000 products in float32.
-OF_LARGEST = 1e-5
 
 
 @pytest.fixture(params=["onednn", "torch"])
@@ -51,7 +50,7 @@ def test_value_and_gradients(whoever, shape, n_out, has_bias, lay_out):
     expected = [expected, *torch.autograd.grad(expected, there, d_y.double())]
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32
-        assert (a - b).abs().max() <= OF_LARGEST * b.abs().max()
+        assert (a - b).abs().max() <= PRODUCT_OF_LARGEST * b.abs().max()
     for without in (torch.no_grad, torch.inference_mode):
         with without():
             assert torch.equal(dense.linear(*here), y)
