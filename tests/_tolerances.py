@@ -50,8 +50,8 @@ COUNT_KERNEL_OF_LARGEST = 2e-6
 # The same entry by entry, of 1 + the size of the terms that an entry is made of: some tens of roundings of 6e-8.
 COUNT_KERNEL = 2e-6
 
-# A product of matrices in float32 against float64, of the largest entry, in whatever order it is summed up: some hundred
-# roundings of 6e-8 in sums over up to 3,000 terms.
+# A product of matrices in float32 against float64, of the largest entry, in whatever order it is summed up: some
+# hundred roundings of 6e-8 in sums over up to 3,000 terms.
 PRODUCT_OF_LARGEST = 1e-5
 
 # Loss and gradients of a float32 module with kernels against the same module in float64: some tens of roundings of
