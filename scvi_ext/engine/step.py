@@ -140,8 +140,9 @@ def per_cell(loss: Loss) -> torch.Tensor:
 
 def sums_of_parts(loss: Loss, parts: Sequence[str]) -> torch.Tensor:
     """Sums over cells of these parts of the loss, 0 where it has none, float64, on the device."""
-    values = {name: getattr(loss, field) for name, field in _FIELDS.items()}
-    zero = loss.total.new_zeros((), dtype=torch.float64)
-    return torch.stack(
-        [zero if values[part] is None else values[part].detach().sum(dtype=torch.float64) for part in parts]
-    )
+    values = [getattr(loss, _FIELDS[part]) for part in parts]
+    with torch.no_grad():
+        if all(of_cells is not None and len(of_cells) == len(values[0]) for of_cells in values):
+            return torch.stack(values).sum(1, dtype=torch.float64)
+        zero = loss.total.new_zeros((), dtype=torch.float64)
+        return torch.stack([zero if of_cells is None else of_cells.sum(dtype=torch.float64) for of_cells in values])

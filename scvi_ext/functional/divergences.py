@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scvi_ext.functional.counts import log_normal
+from scvi_ext.kernels import latent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,8 @@ def normal_divergences(q: Posterior, p: Posterior) -> Tensor:
 
 def kl_standard_normal(q: Posterior) -> Tensor:
     """KL(q || N(0, I)) = 1/2 sum of (s^2 + m^2 - log s^2 - 1), shape (B,) (Kingma and Welling 2014, appendix B)."""
+    if latent.takes(q.loc, q.scale):
+        return latent.kl_standard_normal(q.loc, q.scale)
     var = q.scale**2
     return 0.5 * (var + q.loc**2 - torch.log(var) - 1).sum(-1)
 

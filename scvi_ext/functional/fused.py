@@ -144,9 +144,9 @@ class _LogLikelihood(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_log_p):
         d_logits, d_library, d_theta, d_dropout = ctx.saved_tensors
-        scale = d_log_p / ctx.weight
-        # Looking at the scale costs a synchronisation on a device, and multiplying costs little there.
-        if d_log_p.is_cuda or not bool((scale == 1).all()):
+        # Looking at it costs a synchronisation on a device, and multiplying costs little there.
+        if d_log_p.is_cuda or not (d_log_p.numpy() == np.float32(ctx.weight)).all():
+            scale = d_log_p / ctx.weight
             d_logits, d_theta, d_dropout = (
                 None if gradient is None else gradient * scale.unsqueeze(-1)
                 for gradient in (d_logits, d_theta, d_dropout)

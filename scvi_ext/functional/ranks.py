@@ -8,7 +8,8 @@ What a module makes of them is what it would make of all of them in one process,
 - a mean over cells that is more than summed up into the loss is one over all processes, see :func:`mean`.
 
 Cells lie along the last dimension but one, (B, ...) or (S, B, ...), wherever they come several at a time. A process
-that is alone, which is every one outside of :func:`training_as`, does what torch does, to the bit.
+that is alone, which is every one outside of :func:`training_as`, does what torch does, to the bit; but for dropout on
+the processor, whose random bits are not torch's (see :func:`~scvi_ext.kernels.hidden.dropout_factors`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 from torch.autograd.function import once_differentiable
+
+from scvi_ext.kernels import hidden
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,11 +87,13 @@ def normal_like(x: Tensor) -> Tensor:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """``x`` of cells, (B, n) or (S, B, n), each entry zero with probability ``p``, else divided by 1 - p."""
-    if _current.n == 1:
-        return torch.nn.functional.dropout(x, p, training=True)
-    # The mask by torch itself, so that it is the one of a process that has all cells, whatever kernel makes it.
-    factors = torch.nn.functional.dropout(x.new_ones(_shape_of_all(x)), p, training=True)
-    return x * _own(factors)
+    if not x.is_cpu:
+        if _current.n == 1:
+            return torch.nn.functional.dropout(x, p, training=True)
+        # The mask by torch itself, so that it is the one of a process that has all cells, whatever kernel makes it.
+        return x * _own(torch.nn.functional.dropout(x.new_ones(_shape_of_all(x)), p, training=True))
+    factors = hidden.dropout_factors(_shape_of_all(x), p)
+    return x * _own(factors).to(x.dtype)
 
 
 def mean(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def one_hot(index: Tensor, n_cat: int) -> Tensor:
     """Codes of shape (B,) or (B, 1), of any number type, as float32 indicators of shape (B, n_cat)."""
-    return torch.nn.functional.one_hot(index.reshape(-1).long(), n_cat).to(torch.float32)
+    index = index.reshape(-1, 1).long()
+    return torch.zeros(len(index), n_cat, device=index.device).scatter_(1, index, 1.0)
 
 
 def enumerate_discrete(x: Tensor, y_dim: int) -> Tensor:

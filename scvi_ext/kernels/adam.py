@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 f4 = np.float32
+_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Adam(torch.optim.Adam):
@@ -28,37 +30,57 @@ class Adam(torch.optim.Adam):
         """Move every parameter that has a gradient."""
         group = self.param_groups[0]
         moved = [p for p in group["params"] if p.grad is not None]
-        for p in moved:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        states = [self.state[p] for p in moved]
-        gradients = [_laid_out_like(p.grad, p) for p in moved]
-        columns = (
-            moved,
-            gradients,
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-        )
-        addresses = np.array([[t.data_ptr() for t in column] for column in columns])
+        places = self._places(moved, [self.state[p] for p in moved])
+        gradients = [_laid_out_like(p.grad, stride) for p, stride in zip(moved, places.strides, strict=True)]
+        places.addresses[1] = [gradient.data_ptr() for gradient in gradients]
         in_parallel(
             _step_in_parts,
-            addresses,
-            np.array([p.numel() for p in moved]),
+            places.addresses,
+            places.sizes,
             *arrays(torch.as_tensor(group["lr"]).reshape(1)),
             *group["betas"],
             group["eps"],
             group["weight_decay"],
         )
 
+    # Torch would wrap it for its profiler and for hooks, and that takes a sixth of the time.
+    step.hooked = True
 
-def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with its entries in the order in which those of the parameter lie in memory."""
-    if gradient.stride() == parameter.stride():
+    def _places(self, moved: list[Tensor], states: list[dict[str, Tensor]]) -> _Places:
+        """Where everything lies, which is looked up again only when it is elsewhere."""
+        known = self.__dict__.get("_known")
+        if known is None or not known.hold(moved, states):
+            for p, state in zip(moved, states, strict=True):
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            known = self.__dict__["_known"] = _Places(moved, states)
+        return known
+
+
+class _Places:
+    """Addresses (5, parameters) of parameters, gradients (to be filled in), both moments and numbers of steps.
+
+    It keeps what lies there, so that no other tensor can.
+    """
+
+    def __init__(self, moved: list[Tensor], states: list[dict[str, Tensor]]):
+        self.moved, self.states = moved, states
+        self.tensors = [moved, moved, *([state[name] for state in states] for name in _STATE)]
+        self.addresses = np.array([[t.data_ptr() for t in column] for column in self.tensors])
+        self.sizes = np.array([p.numel() for p in moved])
+        self.strides = [p.stride() for p in moved]
+
+    def hold(self, moved: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
+        """Whether these are the same parameters and states."""
+        return len(moved) == len(self.moved) and all(map(is_, moved, self.moved)) and all(map(is_, states, self.states))
+
+
+def _laid_out_like(gradient: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The gradient with its entries in the order in which those of a parameter of this stride lie in memory."""
+    if gradient.stride() == stride:
         return gradient
-    return torch.empty_like(parameter).copy_(gradient)
+    return torch.empty_strided(gradient.shape, stride).copy_(gradient)
 
 
 # ---- kernels ------------------------------------------------------------------------------------------------------

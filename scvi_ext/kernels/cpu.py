@@ -148,14 +148,14 @@ def _rate(logits, library, softmax, rate, lanes):
 
 @fast
 def _sum(row, lanes):
-    """Sum of a float32 row in sixteen lanes, which vectorise, and whose order does not depend on the compiler."""
+    """Sum of a float32 row in 64 lanes, which vectorise, and whose order does not depend on the compiler."""
     lanes[:] = _ZERO
-    whole = row.size - row.size % 16
-    for start in range(0, whole, 16):
-        for lane in range(16):
+    whole = row.size - row.size % 64
+    for start in range(0, whole, 64):
+        for lane in range(64):
             lanes[lane] += row[start + lane]
     total = _ZERO
-    for lane in range(16):
+    for lane in range(64):
         total += lanes[lane]
     for g in range(whole, row.size):
         total += row[g]
@@ -310,7 +310,7 @@ def _nb_of_zeros(n, mu, theta, inverse, ll, d, d_theta):
 
 
 @fast
-def _inflate_zeros(n, logits, ll, d, d_theta, d_dropout):
+def _inflate_zeros(n, logits, ll, d, d_theta, d_dropout, ratio):
     """Turn these into those of a zero-inflated distribution, and write the derivative by the logit of a dropout."""
     for g in range(n):
         p, log_nb = logits[g], ll[g]
@@ -319,12 +319,14 @@ def _inflate_zeros(n, logits, ll, d, d_theta, d_dropout):
         w1, w2 = _ONE + e1, _ONE + e2
         inverse = _ONE / (w1 * w2)  # one division for two
         i1, i2 = w2 * inverse, w1 * inverse
-        sampled = e1 * i1 if u > _ZERO else i1  # P(a zero is of the negative binomial)
-        not_inflated = e2 * i2 if p > _ZERO else i2
-        ll[g] = (p if u > _ZERO else log_nb) - (p if p > _ZERO else _ZERO) + _log(w1 * i2)
+        sampled = i1 * (e1 if u > _ZERO else _ONE)  # P(a zero is of the negative binomial)
+        not_inflated = i2 * (e2 if p > _ZERO else _ONE)
+        ratio[g] = w1 * i2
         d[g] *= sampled
         d_theta[g] *= sampled
         d_dropout[g] = not_inflated - sampled
+    for g in range(n):  # by itself, because a loop with three of these functions is slow
+        ll[g] = max(logits[g], ll[g]) - max(logits[g], _ZERO) + _log(ratio[g])
 
 
 @fast
@@ -359,7 +361,7 @@ def _negative_binomial(
     """(Zero-inflated, where ``dropout`` is given) negative binomial for the rows from ``begin`` to ``end``."""
     widest_vectors()
     n_genes, n_cells = logits.shape[1], indptr.size - 1
-    rate, theta, inverse, library, lanes = _new(n_genes), _new(n_genes), _new(n_genes), _new(1), _new(16)
+    rate, theta, inverse, library, lanes = _new(n_genes), _new(n_genes), _new(n_genes), _new(1), _new(64)
     log_zero, d, d_theta_i, d_p = _new(n_genes), _new(n_genes), _new(n_genes), _new(n_genes)
     # Of the counts above zero: which genes they are of, and the same for them alone.
     where, x, mu, th, iv = np.empty(n_genes, np.int32), _new(n_genes), _new(n_genes), _new(n_genes), _new(n_genes)
@@ -388,7 +390,7 @@ def _negative_binomial(
             _theta_of(log_theta_i, theta, inverse)
         _nb_of_zeros(n_genes, rate, theta, inverse, log_zero, d, d_theta_i)
         if dropout is not None:
-            _inflate_zeros(n_genes, dropout[i], log_zero, d, d_theta_i, d_p)
+            _inflate_zeros(n_genes, dropout[i], log_zero, d, d_theta_i, d_p, log_nb)
 
         n_small, n = _split(indptr[c], indptr[c + 1], genes, values, where, x)
         for k in range(n):
@@ -429,7 +431,7 @@ def _poisson(
     """Poisson distribution for the rows from ``begin`` to ``end``."""
     widest_vectors()
     n_genes, n_cells = logits.shape[1], indptr.size - 1
-    rate, d, library, lanes = _new(n_genes), _new(n_genes), _new(1), _new(16)
+    rate, d, library, lanes = _new(n_genes), _new(n_genes), _new(1), _new(64)
     wanted = d_logits.shape[0] > 0
     for i in range(begin, end):
         c = i % n_cells

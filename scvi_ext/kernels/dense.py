@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -23,9 +23,7 @@ _TRUSTED = 1e-5  # deviation from the product in float64, relative to its larges
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """That of torch, (..., n_in) to (..., n_out)."""
-    if x.is_cpu and x.dtype == weight.dtype == torch.float32 and is_large(x, weight) and onednn():
-        return _Linear.apply(x, weight, bias)
-    return functional.linear(x, weight, bias)
+    return (_Linear.apply if _by_onednn(x, weight) else functional.linear)(x, weight, bias)
 
 
 def is_large(x: Tensor, weight: Tensor) -> bool:
@@ -50,24 +48,44 @@ def onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     return lambda x, weight, bias: operator(x, weight, bias, "none", [], "")
 
 
+def linear_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same outside of autograd, and ``x`` and ``weight`` as :func:`gradients` needs them."""
+    if not _by_onednn(x, weight):
+        return functional.linear(x, weight, bias), x, weight
+    x = x.contiguous()
+    if not weight.t().is_contiguous():  # a part of a larger matrix takes oneDNN a hundred times as long
+        weight = weight.contiguous()
+    return onednn()(x, weight, bias), x, weight
+
+
+def gradients(x: Tensor, weight: Tensor, d_y: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """By x, weight and bias; of these the ``wanted`` ones."""
+    d_rows, cells = d_y.flatten(0, -2), x.flatten(0, -2)  # (S B, n)
+    d_bias = d_rows.sum(0) if wanted[2] else None
+    if not _by_onednn(x, weight):
+        return (d_rows @ weight).view_as(x) if wanted[0] else None, d_rows.t() @ cells if wanted[1] else None, d_bias
+    d_rows = d_rows.contiguous()
+    d_x = onednn()(d_rows, weight.t(), None).view_as(x) if wanted[0] else None  # counts want none
+    return d_x, _gradient_of_weight(cells, d_rows) if wanted[1] else None, d_bias
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    on_host = x.is_cpu and x.dtype == weight.dtype == torch.float32
+    return on_host and is_large(x, weight) and onednn() is not None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()
-        if not weight.t().is_contiguous():  # a part of a larger matrix takes oneDNN a hundred times as long
-            weight = weight.contiguous()
+        y, x, weight = linear_once(x, weight, bias)
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return onednn()(x, weight, bias)
+        ctx.wanted = *ctx.needs_input_grad[:2], bias is not None
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        d_rows = d_y.flatten(0, -2).contiguous()  # (S B, n_out)
-        d_x = onednn()(d_rows, weight.t(), None).view_as(x) if ctx.needs_input_grad[0] else None  # none for counts
-        d_weight = _gradient_of_weight(x.flatten(0, -2), d_rows) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight, d_rows.sum(0) if ctx.has_bias else None
+        return gradients(*ctx.saved_tensors, d_y, ctx.wanted)
 
 
 def _gradient_of_weight(x: Tensor, d_y: Tensor) -> Tensor:

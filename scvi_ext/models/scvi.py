@@ -19,13 +19,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from scvi_ext._contract import Capability, Loss, ModelSpec
+from scvi_ext.functional import fused
 from scvi_ext.functional.adversary import mixing_loss
 from scvi_ext.functional.divergences import kl_standard_normal
 from scvi_ext.models.base import CountConfig, CountVAE, batch_critic, needs
+from scvi_ext.nn import at_once
 from scvi_ext.nn.decoders import DecoderSCVI
+from scvi_ext.nn.library import ObservedLibrary
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from scvi_ext._contract import Minibatch
@@ -101,21 +108,49 @@ class VAE(CountVAE):
             inject_covariates=deeply_inject_covariates,
             **self.heads,
         )
+        self.goes_at_once = (
+            at_once.fits(self.z_encoder, self.decoder)
+            and not self.encode_covariates
+            and not self.covariates.n_dense
+            and self.latent_distribution == "normal"
+            and isinstance(self.library, ObservedLibrary)
+        )
         self.adversarial_mixing = adversarial_mixing
         self.critic = batch_critic(adversarial_mixing, n_latent, n_batch)
 
     def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0, noise: Tensor | None = None) -> Loss:
         """The negative ELBO (Lopez et al. 2018, methods), its KL to the prior of z weighted by ``kl_weight``."""
-        qz, ql = posteriors = self.posteriors(cells)
-        z, log_library = self.draw(cells, posteriors, noise)
-        reconstruction = -self.log_px(self.transform_z(z), cells, log_library)  # (B,)
-        kl_z = kl_standard_normal(qz)  # (B,)
-        kl_library = self.library.kl(ql, cells)  # (B,)
-        total = (reconstruction + kl_library + kl_weight * kl_z).mean()
+        run = self._kernel(cells) if noise is None else None
+        if run is not None:
+            total, reconstruction, kl_z, z = self._at_once(run, cells, kl_weight)
+            kl_library = torch.zeros_like(kl_z)
+        else:
+            qz, ql = posteriors = self.posteriors(cells)
+            z, log_library = self.draw(cells, posteriors, noise)
+            reconstruction = -self.log_px(self.transform_z(z), cells, log_library)  # (B,)
+            kl_z = kl_standard_normal(qz)  # (B,)
+            kl_library = self.library.kl(ql, cells)  # (B,)
+            total = (reconstruction + kl_library + kl_weight * kl_z).mean()
         if self.critic is not None and self.training:
             weight = kl_weight * self.adversarial_mixing
             total = total + mixing_loss(self.critic, self.transform_z(z), cells.batch_index, weight)
         return Loss(total, reconstruction, kl_z, kl_library)
+
+    def _kernel(self, cells: Minibatch) -> Callable | None:
+        """That of the likelihood, where the loss can be made at once; else None."""
+        if not (self.goes_at_once and at_once.takes(self.z_encoder, self.decoder, cells.x)):
+            return None
+        return fused.choose(self.reconstruction_loss, "cpu", torch.float32)[0]
+
+    def _at_once(
+        self, run: Callable, cells: Minibatch, kl_weight: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = cells.x.log1p() if self.log_variational else cells.x
+        codes, log_library = self.covariates.codes(cells), self.library.point(cells)
+        log_theta = None if self.dispersion is None else self.dispersion(cells)
+        return at_once.negative_elbo(
+            run, self.z_encoder, self.decoder, cells.x, x, codes, kl_weight, log_library, log_theta
+        )
 
 
 SPEC = ModelSpec(

@@ -10,6 +10,7 @@ from torch import nn
 from scvi_ext._contract import Posterior
 from scvi_ext._errors import one_of
 from scvi_ext.functional.sampling import reparameterize_gaussian
+from scvi_ext.kernels import latent
 from scvi_ext.nn.layers import FCLayers
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
     from scvi_ext.kernels.sparse import SparseRows
 
-_VAR_EPS = 1e-4  # smallest variance, as in scVI 0.5.0
-_MAX_LOG_VAR = 20.0  # exp(20) is far beyond any useful posterior, and far below the overflow at exp(88)
+VAR_EPS = 1e-4  # smallest variance, as in scVI 0.5.0
+MAX_LOG_VAR = 20.0  # exp(20) is far beyond any useful posterior, and far below the overflow at exp(88)
 
 
 class EncoderInput(NamedTuple):
@@ -69,9 +70,11 @@ class Encoder(nn.Module):
     def posterior(self, x: Tensor | SparseRows, *cat_list: Tensor, dense: Tensor | None = None) -> Posterior:
         """q(z | x) of shape (B, n_output): variance exp(linear) + 1e-4."""
         h = self.encoder(x, *cat_list, dense=dense)  # (B, n_hidden)
+        if latent.takes(h, self.mean_encoder.weight):
+            return Posterior(*latent.posterior(h, self.mean_encoder, self.var_encoder, MAX_LOG_VAR, VAR_EPS))
         dtype = self.mean_encoder.weight.dtype  # casts end here: z and its likelihoods have the parameters' precision
         loc, log_var = self.mean_encoder(h).to(dtype), self.var_encoder(h).to(dtype)
-        return Posterior(loc, torch.sqrt(torch.exp(log_var.clamp(max=_MAX_LOG_VAR)) + _VAR_EPS))
+        return Posterior(loc, torch.sqrt(torch.exp(log_var.clamp(max=MAX_LOG_VAR)) + VAR_EPS))
 
     def of(self, cells: EncoderInput) -> Posterior:
         """The same of all that is shown of the cells."""

@@ -11,6 +11,7 @@ from torch import nn
 from scvi_ext.functional import ranks
 from scvi_ext.functional.products import linear
 from scvi_ext.functional.tensors import one_hot
+from scvi_ext.kernels import hidden
 from scvi_ext.kernels.sparse import SparseRows
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class FCLayer(nn.Module):
     ):
         super().__init__()
         self.linear = nn.Linear(n_in, n_out, bias=bias)
+        self.has_kernel = use_batch_norm and use_relu and not use_layer_norm
         norms = n_instances if use_batch_norm else 0
         self.batch_norm = nn.ModuleList(BatchNorm1d(n_out, **_BATCH_NORM) for _ in range(norms))
         rest = []
@@ -94,17 +96,30 @@ class FCLayer(nn.Module):
             rest.append(Dropout(dropout_rate))
         self.rest = nn.Sequential(*rest)
 
+    @property
+    def dropout_rate(self) -> float:
+        """Share of the units that is dropped now."""
+        last = self.rest[-1] if len(self.rest) else None
+        return last.p if isinstance(last, Dropout) and last.training else 0.0
+
     def forward(self, x: Tensor | SparseRows, covariates: Tensor | None = None, instance_id: int = 0) -> Tensor:
         """Map (..., n_in) to (..., n_out); ``covariates`` (..., n) belong to the last columns of the weights."""
         weight, bias = self.linear.weight, self.linear.bias
-        n_cov = 0 if covariates is None else covariates.shape[-1]
-        own = weight[:, : weight.shape[1] - n_cov] if n_cov else weight
-        h = x.linear(own, bias) if isinstance(x, SparseRows) else linear(x, own, bias)
-        if n_cov:
-            h = h + linear(covariates, weight[:, -n_cov:])
-        if self.batch_norm:
-            h = self.batch_norm[instance_id](h.flatten(0, -2)).view_as(h)
-        return self.rest(h)
+        if covariates is None:
+            h = x.linear(weight, bias) if isinstance(x, SparseRows) else linear(x, weight, bias)
+        elif not isinstance(x, SparseRows) and x.shape[:-1] == covariates.shape[:-1]:
+            h = linear(torch.cat([x, covariates], dim=-1), weight, bias)
+        else:
+            own, of_covariates = weight.split([weight.shape[1] - covariates.shape[-1], covariates.shape[-1]], dim=1)
+            h = x.linear(own, bias) if isinstance(x, SparseRows) else linear(x, own, bias)
+            h = h + linear(covariates, of_covariates)
+        if not self.batch_norm:
+            return self.rest(h)
+        norm = self.batch_norm[instance_id]
+        cells = h.flatten(0, -2)
+        if self.has_kernel and self.training and hidden.takes(cells, norm) and ranks.current().n == 1:
+            return hidden.activate(cells, norm, self.dropout_rate).view_as(h)
+        return self.rest(norm(cells).view_as(h))
 
 
 class FCLayers(nn.Module):
@@ -182,7 +197,7 @@ class FCLayers(nn.Module):
         The product with ``x`` is made once for all S, where only the covariates differ between them. ``dense`` are the
         last of the n_in columns, (B, n), where ``x`` is sparse and has the first ones only.
         """
-        covariates = self._one_hots(cat_list)
+        covariates = self.one_hots(cat_list)
         beside = covariates
         if dense is not None:
             dense = dense.to(self.layers[0].linear.weight.dtype)
@@ -196,7 +211,7 @@ class FCLayers(nn.Module):
         _lay_out_by_input(self.layers[0].linear)
         return self
 
-    def _one_hots(self, cat_list: Sequence[Tensor]) -> Tensor | None:
+    def one_hots(self, cat_list: Sequence[Tensor]) -> Tensor | None:
         """All covariates side by side, (B, n), (S, 1, n) or (S, B, n); None where there are none."""
         if len(cat_list) != len(self.n_cat_list):
             msg = f"{len(cat_list)} categorical covariates given, {len(self.n_cat_list)} expected."
@@ -216,5 +231,8 @@ def _lay_out_by_input(layer: nn.Linear) -> None:
 
 def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
     """Columns of B cells or of S samples of them, (B, n), (S, 1, n) or (S, B, n), as one tensor."""
-    lead = torch.broadcast_shapes(*(c.shape[:-1] for c in columns))
-    return torch.cat([c.expand(*lead, -1) for c in columns], dim=-1)
+    lead = max((c.shape[:-1] for c in columns), key=len)
+    if any(c.shape[:-1] != lead for c in columns):
+        lead = torch.broadcast_shapes(*(c.shape[:-1] for c in columns))
+        columns = [c.expand(*lead, -1) for c in columns]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)

@@ -278,31 +278,32 @@ def test_each_process_draws_for_all_cells_and_keeps_its_own(n, shape, dtype):
         assert found.dtype == dtype
 
 
-def test_dropout_is_what_it_says_of_each_process():
-    x, p = torch.randn(400, 50), 0.3
-    for found in of_each(lambda: Dropout(p)(x), 2):
+@pytest.mark.parametrize("n", [1, 2])
+def test_dropout_is_what_it_says_of_each_process(n):
+    x, p = torch.randn(400, 50, requires_grad=True), 0.3
+    for found in of_each(lambda: Dropout(p)(x), n):
         dropped = found == 0
         error = (dropped.float().mean() - p).abs()
         assert error < N_STANDARD_ERRORS * (p * (1 - p) / x.numel()) ** 0.5
         assert_close(found[~dropped], x[~dropped] / (1 - p))
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert_close(gradient, (~dropped).float() / (1 - p))
+
+
+def test_nothing_is_dropped_outside_of_training():
+    x = torch.randn(6, 7)
+    assert Dropout(0.3).eval()(x) is x
 
 
 # ---- alone ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("ours", "torchs"),
-    [
-        (BatchNorm1d(7, momentum=0.01, eps=0.001), nn.BatchNorm1d(7, momentum=0.01, eps=0.001)),
-        (Dropout(0.3), nn.Dropout(0.3)),
-    ],
-    ids=["batch norm", "dropout"],
-)
-def test_layers_of_a_process_that_is_alone_are_those_of_torch(ours, torchs, training):
+def test_normalisation_of_a_process_that_is_alone_is_that_of_torch(training):
     torch.manual_seed(0)
     leaf = torch.randn(6, 7)
     found = []
+    ours, torchs = BatchNorm1d(7, momentum=0.01, eps=0.001), nn.BatchNorm1d(7, momentum=0.01, eps=0.001)
     for layer in (ours.train(training), torchs.train(training)):
         x = leaf.clone().requires_grad_()
         torch.manual_seed(1)

@@ -25,9 +25,10 @@ def test_one_hot_leaves_room_for_absent_categories():
     assert torch.equal(one_hot(torch.tensor([0, 1]), 3), EYE[:2])
 
 
-def test_one_hot_refuses_a_code_that_is_too_large():
-    with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
-        one_hot(torch.tensor([3]), 3)
+@pytest.mark.parametrize("code", [3, -1])
+def test_one_hot_refuses_what_is_no_code(code):
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        one_hot(torch.tensor([code]), 3)
 
 
 def test_enumerate_discrete_goes_label_by_label():

@@ -66,10 +66,12 @@ def test_a_training_step_is_that_of_the_plain_formula_in_float64(name, options):
 
 @pytest.mark.parametrize(("name", "options"), WITH_KERNEL, ids=label)
 def test_a_kernel_is_used_for_sparse_rows_in_float32_only(name, options, monkeypatch):
+    module, cells = build(name, **options), make_cells()
+    for likelihood in module.likelihoods:
+        fused.choose(likelihood, "cpu", torch.float32)  # which uses it to look at the kernel for the first time
     used = []
     plain = fused.log_likelihood
     monkeypatch.setattr(fused, "log_likelihood", lambda *inputs: used.append(1) or plain(*inputs))
-    module, cells = build(name, **options), make_cells()
     module.loss(cells)  # dense, float64
     module.loss(cells._replace(x=SparseRows.from_dense(cells.x.float())))
     assert not used

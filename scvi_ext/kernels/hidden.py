@@ -1,0 +1,189 @@
+"""What follows the product in a hidden layer, on the processor (numba): normalisation, ReLU and dropout at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numba import prange
+from torch.autograd.function import once_differentiable
+
+from scvi_ext.kernels.compiler import arrays, fast, in_parallel, kernel, parallel, widest_vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+f4, f8, u4, u8 = np.float32, np.float64, np.uint32, np.uint64
+_ZERO = f4(0)
+_LOW = u8(0xFFFFFFFF)
+
+
+class Kept(NamedTuple):
+    """What the gradients of an activation need of it."""
+
+    normal: np.ndarray  # (B, n) normalised
+    out: np.ndarray  # (B, n)
+    inverse_std: np.ndarray  # (n,)
+    weight: np.ndarray  # (n,)
+    factor: np.float32  # of what is not dropped
+
+
+def dropout_factors(shape: tuple[int, ...], p: float) -> Tensor:
+    """What dropout multiplies by, float32 of this shape: 0 with probability ``p``, else 1 / (1 - p).
+
+    Torch's generator gives one number, from which Philox 4x32-10 makes all others (Salmon et al. 2011), so that they
+    can be made in any order and on any thread.
+    """
+    factors = np.empty(shape, f4)
+    in_parallel(_dropout_in_parts, _seed(), _threshold(p), f4(1 / (1 - p)), factors.reshape(-1, shape[-1]))
+    return torch.from_numpy(factors)
+
+
+def takes(x: Tensor, norm: nn.BatchNorm1d) -> bool:
+    """Whether :func:`activate` does: cells in training, (B, n), B > 1, float32 in host memory."""
+    return norm.training and x.is_cpu and x.dtype == norm.weight.dtype == torch.float32 and len(x) > 1
+
+
+def activate(x: Tensor, norm: nn.BatchNorm1d, p: float) -> Tensor:
+    """Dropout with probability ``p`` of the ReLU of ``norm``, (B, n) to the same."""
+    return _Activation.apply(x, norm.weight, norm.bias, norm, p)
+
+
+def activate_once(x: Tensor, norm: nn.BatchNorm1d, p: float) -> tuple[Tensor, Kept]:
+    """The same outside of autograd, and what :func:`activation_gradients` needs of it."""
+    n_cells, n = x.shape
+    # One thread: the work is done before others would be awake. `out` belongs to numpy, or it would hold on to itself.
+    weight, *others = arrays(norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    kept = Kept(np.empty((n_cells, n), f4), np.empty((n_cells, n), f4), np.empty(n, f4), weight, f4(1 / (1 - p)))
+    seed = _seed() if p else u8(0)
+    _activate(
+        seed, _threshold(p), kept.factor, norm.momentum, norm.eps, *arrays(x),
+        weight, *others, kept.normal, kept.out, kept.inverse_std,
+    )  # fmt: skip
+    norm.num_batches_tracked.add_(1)
+    return torch.from_numpy(kept.out), kept
+
+
+def activation_gradients(kept: Kept, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By what was activated, (B, n), and by the weights and the biases of the normalisation, (n,) each."""
+    n_cells, n = kept.out.shape
+    made = np.empty((n_cells, n), f4), np.empty(n, f4), np.empty(n, f4)
+    _gradients(kept.factor, kept.normal, kept.out, kept.inverse_std, kept.weight, *arrays(d_out), *made)
+    return tuple(map(torch.from_numpy, made))
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm, p):
+        out, ctx.kept = activate_once(x, norm, p)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return *activation_gradients(ctx.kept, d_out), None, None
+
+
+def _seed() -> np.uint64:
+    return u8(torch.empty((), dtype=torch.int64).random_().item())
+
+
+def _threshold(p: float) -> np.uint64:
+    """Of 32 random bits: what is below is dropped."""
+    return u8(round(p * 2**32))
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+@fast
+def _philox(row, column, seed):
+    """Four times 32 random bits for a place and a seed: Philox 4x32-10, whose counter are row and column."""
+    a, b, c, d = row & _LOW, column & _LOW, u8(0), u8(0)
+    key, other_key = seed & _LOW, seed >> u8(32)
+    for _ in range(10):
+        ab, cd = u8(0xD2511F53) * a, u8(0xCD9E8D57) * c
+        a, b, c, d = (cd >> u8(32)) ^ b ^ key, cd & _LOW, (ab >> u8(32)) ^ d ^ other_key, ab & _LOW
+        key, other_key = (key + u8(0x9E3779B9)) & _LOW, (other_key + u8(0xBB67AE85)) & _LOW
+    return a, b, c, d
+
+
+@fast
+def _draw(i, begin, seed, bits):
+    """Random bits for four rows from ``i`` on, and the columns from ``begin`` on."""
+    for j in range(bits.shape[1]):
+        a, b, c, d = _philox(u8(i), u8(begin + j), seed)
+        bits[0, j], bits[1, j], bits[2, j], bits[3, j] = u4(a), u4(b), u4(c), u4(d)
+
+
+@kernel
+def _dropout(begin, end, seed, threshold, factor, factors):
+    widest_vectors()
+    bits = np.empty((4, end - begin), np.uint32)
+    for i in range(len(factors)):
+        if i % 4 == 0:
+            _draw(i, begin, seed, bits)
+        row, random = factors[i, begin:end], bits[i % 4]
+        for j in range(row.size):
+            row[j] = factor if random[j] >= threshold else _ZERO
+
+
+@parallel
+def _dropout_in_parts(parts, seed, threshold, factor, factors):
+    n = factors.shape[1]
+    for part in prange(parts):
+        _dropout(part * n // parts, (part + 1) * n // parts, seed, threshold, factor, factors)
+
+
+@kernel
+def _activate(
+    seed, threshold, factor, momentum, eps, x, weight, bias, running_mean, running_var, normal, out, inverse_std
+):
+    widest_vectors()
+    n, width = x.shape
+    mean, var, bits = np.zeros(width), np.zeros(width), np.zeros((4, width), np.uint32)
+    for i in range(n):
+        row = x[i]
+        for j in range(width):
+            mean[j] += f8(row[j])
+    mean /= n
+    for i in range(n):
+        row = x[i]
+        for j in range(width):
+            centred = f8(row[j]) - mean[j]
+            var[j] += centred * centred
+    var /= n
+    running_mean += (momentum * (mean - running_mean)).astype(f4)
+    running_var += (momentum * (var * (n / (n - 1)) - running_var)).astype(f4)
+    inverse_std[:] = 1 / np.sqrt(var + eps)
+    for i in range(n):
+        if threshold > 0 and i % 4 == 0:
+            _draw(i, 0, seed, bits)
+        row, to, to_normal, random = x[i], out[i], normal[i], bits[i % 4]
+        for j in range(width):
+            to_normal[j] = f4(f8(row[j]) - mean[j]) * inverse_std[j]
+        for j in range(width):
+            y = to_normal[j] * weight[j] + bias[j]
+            to[j] = _ZERO if y <= _ZERO or random[j] < threshold else factor * y
+
+
+@kernel
+def _gradients(factor, normal, out, inverse_std, weight, d_out, d_x, d_weight, d_bias):
+    widest_vectors()
+    n, width = out.shape
+    of_weight, of_bias = np.zeros(width), np.zeros(width)
+    for i in range(n):
+        row, made, of_out, to = normal[i], out[i], d_out[i], d_x[i]
+        for j in range(width):
+            to[j] = _ZERO if made[j] == _ZERO else factor * of_out[j]
+        for j in range(width):
+            of_bias[j] += f8(to[j])
+            of_weight[j] += f8(to[j] * row[j])
+    d_weight[:], d_bias[:] = of_weight, of_bias
+    mean, slope = (of_bias / n).astype(f4), (of_weight / n).astype(f4)
+    scale = weight * inverse_std
+    for i in range(n):
+        row, to = normal[i], d_x[i]
+        for j in range(width):
+            to[j] = (to[j] - mean[j] - row[j] * slope[j]) * scale[j]
