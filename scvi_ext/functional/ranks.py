@@ -87,13 +87,12 @@ def normal_like(x: Tensor) -> Tensor:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """``x`` of cells, (B, n) or (S, B, n), each entry zero with probability ``p``, else divided by 1 - p."""
-    if not x.is_cpu:
-        if _current.n == 1:
-            return torch.nn.functional.dropout(x, p, training=True)
-        # The mask by torch itself, so that it is the one of a process that has all cells, whatever kernel makes it.
-        return x * _own(torch.nn.functional.dropout(x.new_ones(_shape_of_all(x)), p, training=True))
-    factors = hidden.dropout_factors(_shape_of_all(x), p)
-    return x * _own(factors).to(x.dtype)
+    if x.is_cpu:
+        return x * _own(hidden.dropout_factors(_shape_of_all(x), p)).to(x.dtype) if p else x
+    if _current.n == 1:
+        return torch.nn.functional.dropout(x, p, training=True)
+    # The mask by torch itself, so that it is the one of a process that has all cells, whatever kernel makes it.
+    return x * _own(torch.nn.functional.dropout(x.new_ones(_shape_of_all(x)), p, training=True))
 
 
 def mean(x: Tensor) -> Tensor:

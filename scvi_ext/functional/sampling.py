@@ -21,4 +21,4 @@ def reparameterize_gaussian(mu: Tensor, var: Tensor) -> Tensor:
 
 def sample_normal(q: Posterior, noise: Tensor | None = None) -> Tensor:
     """A reparameterised sample of ``q``; ``noise`` are standard normal draws, made here where they are not given."""
-    return torch.addcmul(q.loc, q.scale, ranks.normal_like(q.loc) if noise is None else noise)
+    return q.loc + q.scale * (ranks.normal_like(q.loc) if noise is None else noise)

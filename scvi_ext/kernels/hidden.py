@@ -36,7 +36,7 @@ def dropout_factors(shape: tuple[int, ...], p: float) -> Tensor:
     can be made in any order and on any thread.
     """
     factors = np.empty(shape, f4)
-    in_parallel(_dropout_in_parts, _seed(), _threshold(p), f4(1 / (1 - p)), factors.reshape(-1, shape[-1]))
+    in_parallel(_dropout_in_parts, _seed(), _threshold(p), _factor(p), factors.reshape(-1, shape[-1]))
     return torch.from_numpy(factors)
 
 
@@ -55,7 +55,7 @@ def activate_once(x: Tensor, norm: nn.BatchNorm1d, p: float) -> tuple[Tensor, Ke
     n_cells, n = x.shape
     # One thread: the work is done before others would be awake. `out` belongs to numpy, or it would hold on to itself.
     weight, *others = arrays(norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    kept = Kept(np.empty((n_cells, n), f4), np.empty((n_cells, n), f4), np.empty(n, f4), weight, f4(1 / (1 - p)))
+    kept = Kept(np.empty((n_cells, n), f4), np.empty((n_cells, n), f4), np.empty(n, f4), weight, _factor(p))
     seed = _seed() if p else u8(0)
     _activate(
         seed, _threshold(p), kept.factor, norm.momentum, norm.eps, *arrays(x),
@@ -87,6 +87,11 @@ class _Activation(torch.autograd.Function):
 
 def _seed() -> np.uint64:
     return u8(torch.empty((), dtype=torch.int64).random_().item())
+
+
+def _factor(p: float) -> np.float32:
+    """Of what is not dropped."""
+    return f4(1 / (1 - p)) if p < 1 else _ZERO
 
 
 def _threshold(p: float) -> np.uint64:

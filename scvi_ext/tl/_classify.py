@@ -112,7 +112,7 @@ def classify(
             f"the confidence is calibrated on {n_calibration} held-out cells with a label, which is too few to rely on "
             "it: label more cells, or hold out more of them, tl.fit(train_size=...)."
         )
-    best, highest = log_qy.argmax(1), np.exp(log_qy.max(1))
+    best, highest = log_qy.argmax(1), np.exp(log_qy.max(1)).astype(np.float32)  # compared as it is written
     abstained = highest < min_confidence
     categories = labels
     if min_confidence > 0:
@@ -120,7 +120,7 @@ def classify(
         categories = [*labels, *([none] if none not in labels else [])]
         best = np.where(abstained, categories.index(none), best)
     results.write_obs_categories(adata, prediction, best, categories, fitted.rows)
-    results.write_obs(adata, confidence, highest.astype(np.float32), fitted.rows)
+    results.write_obs(adata, confidence, highest, fitted.rows)
     results.write_obsm(adata, probabilities, np.exp(log_qy).astype(np.float32), fitted.rows, labels)
     without = f", {abstained.sum()} of {len(best)} cells are below {min_confidence:g}" if min_confidence else ""
     logg.info(

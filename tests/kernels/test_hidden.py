@@ -64,6 +64,11 @@ def test_what_is_not_a_number_shows():
     assert y[:, [0, 2]].isfinite().all()
 
 
+def test_everything_can_be_dropped():
+    assert not hidden.dropout_factors((6, 5), 1.0).any()
+    assert not hidden.activate(torch.randn(6, 3), norms(3)[0], 1.0).any()
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
 def test_shares_and_sizes_of_what_is_dropped(p):
     torch.manual_seed(0)

@@ -40,7 +40,8 @@ def trained() -> ad.AnnData:
     adata = planted()
     with pytest.warns(sx.ScviExtWarning, match="zero in all cells"):
         sx.pp.setup_anndata(adata, batch_key="batch")
-    sx.tl.fit(adata, max_epochs=30, n_hidden=32, n_latent=4, progress=False, seed=0)
+    # After 30 epochs the probabilities of what was planted are 0.93 to 0.99, and it takes luck to be sure of all of it.
+    sx.tl.fit(adata, max_epochs=50, n_hidden=32, n_latent=4, progress=False, seed=0)
     return adata
 
 
