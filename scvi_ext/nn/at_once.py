@@ -37,9 +37,9 @@ def fits(encoder: Encoder, decoder: DecoderSCVI) -> bool:
 
 
 def takes(encoder: Encoder, decoder: DecoderSCVI, x: Tensor | SparseRows) -> bool:
-    """Whether they are trained here, by this process alone, on rows that a sparse product goes over."""
+    """Whether they are trained here, by this process alone."""
     layers = encoder.encoder.layers[0], decoder.px_decoder.layers[0]
-    here = isinstance(x, sparse.SparseRows) and x.multiply_sparse and layers[0].linear.weight.dtype == torch.float32
+    here = isinstance(x, sparse.SparseRows) and layers[0].linear.weight.dtype == torch.float32
     in_training = all(layer.training and layer.batch_norm[0].training for layer in layers)
     return here and in_training and torch.is_grad_enabled() and len(x) > 1 and ranks.current().n == 1
 
@@ -109,7 +109,10 @@ class _NegativeELBO(torch.autograd.Function):
         ctx, run, norms, dropout_rates, softmax, x, encoded, codes, kl_weight, log_library, log_theta, *parameters
     ):
         w_in, b_in, _, _, w_mean, b_mean, w_var, b_var, w_out, b_out, _, _, *heads = parameters
-        h = sparse.linear_once(encoded, w_in, b_in)
+        if encoded.multiply_sparse:
+            h, shown = sparse.linear_once(encoded, w_in, b_in), None
+        else:
+            h, shown, _ = products.linear_once(encoded.to_dense(), w_in, b_in)
         h, ctx.into = hidden.activate_once(h, norms[0], dropout_rates[0])
         loc, scale, ctx.posterior = latent.posterior_once(h, w_mean, b_mean, w_var, b_var, MAX_LOG_VAR, VAR_EPS)
         noise = ranks.normal_like(loc)
@@ -126,19 +129,19 @@ class _NegativeELBO(torch.autograd.Function):
         ctx.kl_weight, ctx.encoded = float(kl_weight), encoded
         if log_theta is not None and log_theta.dim() == 1:
             d_theta = d_theta.sum(0)
-        ctx.save_for_backward(loc, scale, noise, beside, w_out, d_theta, d_logits, d_dropout, *kept)
+        ctx.save_for_backward(shown, loc, scale, noise, beside, w_in, w_out, d_theta, d_logits, d_dropout, *kept)
         ctx.mark_non_differentiable(reconstruction, kl)
         return reconstruction.mean() + ctx.kl_weight * kl.mean(), reconstruction, kl, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, _d_reconstruction, _d_kl, d_z):
-        loc, scale, noise, beside, w_out, *d_outputs = ctx.saved_tensors[:8]
+        shown, loc, scale, noise, beside, w_in, w_out, *d_outputs = ctx.saved_tensors[:10]
         times = d_total.item()
         if times != 1:
             d_outputs = [None if d_output is None else d_output * times for d_output in d_outputs]
         d_theta, *d_outputs = d_outputs
-        kept = zip(ctx.saved_tensors[8::2], ctx.saved_tensors[9::2], strict=True)
+        kept = zip(ctx.saved_tensors[10::2], ctx.saved_tensors[11::2], strict=True)
         d_h, d_heads = None, []
         for of_head, d_output in zip(kept, d_outputs, strict=False):  # None for a head that there is not
             d_through, *d_head = products.gradients(*of_head, d_output, (True, True, True))
@@ -151,5 +154,9 @@ class _NegativeELBO(torch.autograd.Function):
         d_loc, d_scale = latent.divergence_gradients(loc, scale, times * ctx.kl_weight / len(loc))
         d_h, *d_posterior = latent.posterior_gradients(ctx.posterior, d_loc.add_(d_z), d_scale.addcmul_(d_z, noise))
         d_h, *d_norm_in = hidden.activation_gradients(ctx.into, d_h)
-        d_in = sparse.gradient_of_weight(ctx.encoded, d_h), torch.zeros(d_h.shape[1])
+        if shown is None:
+            d_w_in = sparse.gradient_of_weight(ctx.encoded, d_h)
+        else:
+            _, d_w_in, _ = products.gradients(shown, w_in, d_h, (False, True, False))
+        d_in = d_w_in, torch.zeros(d_h.shape[1])
         return *[None] * 9, d_theta, *d_in, *d_norm_in, *d_posterior, *d_out, *d_norm_out, *d_heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,16 @@ def test_gradients_of_a_multiple_of_the_loss(asked):
     found, expected = outcome(vae, minibatch(), scale=-2.5), outcome(part_by_part(vae), minibatch(), scale=-2.5)
     assert len(asked) == 1
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("case", ["defaults", "counts as they are"])
+def test_rows_that_are_multiplied_as_dense_ones(asked, case):
+    vae, cells = module(**CASES[case]), minibatch()
+    cells = cells._replace(x=replace(cells.x, multiply_sparse=False))
+    found, expected = outcome(vae, cells), outcome(part_by_part(vae), cells)
+    assert len(asked) == 1
+    assert_same(found, expected)
+    assert_same(found, outcome(vae, minibatch()))
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, torch.tensor(0.3)])
