@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy, log_softmax
 
 from scvi_ext.functional import ranks
@@ -61,8 +60,14 @@ def mixing_loss(critic: nn.Module, z: Tensor, classes: Tensor, weight: Tensor | 
 
 def _as_it_is(critic: nn.Module, z: Tensor) -> Tensor:
     """Its logits, through which gradients reach z and not the critic."""
-    parameters = {name: parameter.detach() for name, parameter in critic.named_parameters()}
-    return functional_call(critic, parameters, (z,))
+    trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        return critic(z)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _of_critic(critic: nn.Module, z: Tensor, classes: Tensor) -> Tensor:
