@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 f4, f8, u4, u8 = np.float32, np.float64, np.uint32, np.uint64
 _ZERO = f4(0)
 _LOW = u8(0xFFFFFFFF)
+_LARGEST = 2**18  # entries, those of 1,024 cells and 256 units: one thread has done with fewer before others are awake
 
 
 class Kept(NamedTuple):
@@ -41,8 +42,17 @@ def dropout_factors(shape: tuple[int, ...], p: float) -> Tensor:
 
 
 def takes(x: Tensor, norm: nn.BatchNorm1d) -> bool:
-    """Whether :func:`activate` does: cells in training, (B, n), B > 1, float32 in host memory."""
-    return norm.training and x.is_cpu and x.dtype == norm.weight.dtype == torch.float32 and len(x) > 1
+    """Whether :func:`activate` does: cells in training, (B, n), float32 in host memory, no more than one thread likes.
+
+    One cell has no variance, and torch says so.
+    """
+    return x.is_cpu and x.dtype == torch.float32 and takes_cells(len(x), norm)
+
+
+def takes_cells(n_cells: int, norm: nn.BatchNorm1d) -> bool:
+    """The same of so many cells, wherever they are."""
+    fits = 1 < n_cells and n_cells * norm.num_features <= _LARGEST
+    return fits and norm.training and norm.weight.dtype == torch.float32
 
 
 def activate(x: Tensor, norm: nn.BatchNorm1d, p: float) -> Tensor:
@@ -53,7 +63,7 @@ def activate(x: Tensor, norm: nn.BatchNorm1d, p: float) -> Tensor:
 def activate_once(x: Tensor, norm: nn.BatchNorm1d, p: float) -> tuple[Tensor, Kept]:
     """The same outside of autograd, and what :func:`activation_gradients` needs of it."""
     n_cells, n = x.shape
-    # One thread: the work is done before others would be awake. `out` belongs to numpy, or it would hold on to itself.
+    # `out` belongs to numpy, or it would hold on to itself.
     weight, *others = arrays(norm.weight, norm.bias, norm.running_mean, norm.running_var)
     kept = Kept(np.empty((n_cells, n), f4), np.empty((n_cells, n), f4), np.empty(n, f4), weight, _factor(p))
     seed = _seed() if p else u8(0)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_FEW = 2**17  # entries, which one thread has summed up before others are awake
+
+
 @dataclass(frozen=True, slots=True)
 class SparseRows:
     """Rows of a compressed sparse matrix.
@@ -77,7 +80,10 @@ class SparseRows:
             msg = f"dim={dim}: sparse rows are summed over genes only, dim=-1."
             raise ValueError(msg)
         sums = torch.empty(len(self))
-        _row_sums(*arrays(self.indptr, self.values, sums))
+        if self.values.numel() <= _FEW:
+            _row_sums(0, len(self), *arrays(self.indptr, self.values, sums))
+        else:
+            in_parallel(_row_sums_in_parts, *arrays(self.indptr, self.values, sums))
         return sums.unsqueeze(-1) if keepdim else sums
 
     def to_dense(self) -> Tensor:
@@ -155,10 +161,10 @@ def _gather_in_parts(parts, indptr, genes, values, rows):
 
 
 @kernel
-def _row_sums(indptr, values, sums):
-    """In float64, in eight lanes, which vectorise. One thread has done it before others would be awake."""
+def _row_sums(begin, end, indptr, values, sums):
+    """In float64, in eight lanes, which vectorise."""
     lanes = np.empty(8)
-    for i in range(sums.size):
+    for i in range(begin, end):
         row = values[indptr[i] : indptr[i + 1]]
         lanes[:] = 0
         eights = row.size - row.size % 8
@@ -171,6 +177,12 @@ def _row_sums(indptr, values, sums):
         for e in range(eights, row.size):
             total += row[e]
         sums[i] = total
+
+
+@parallel
+def _row_sums_in_parts(parts, indptr, values, sums):
+    for part in prange(parts):
+        _row_sums(part * sums.size // parts, (part + 1) * sums.size // parts, indptr, values, sums)
 
 
 @kernel

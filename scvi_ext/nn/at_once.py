@@ -39,9 +39,9 @@ def fits(encoder: Encoder, decoder: DecoderSCVI) -> bool:
 def takes(encoder: Encoder, decoder: DecoderSCVI, x: Tensor | SparseRows) -> bool:
     """Whether they are trained here, by this process alone."""
     layers = encoder.encoder.layers[0], decoder.px_decoder.layers[0]
-    here = isinstance(x, sparse.SparseRows) and layers[0].linear.weight.dtype == torch.float32
-    in_training = all(layer.training and layer.batch_norm[0].training for layer in layers)
-    return here and in_training and torch.is_grad_enabled() and len(x) > 1 and ranks.current().n == 1
+    if not (isinstance(x, sparse.SparseRows) and torch.is_grad_enabled() and ranks.current().n == 1):
+        return False
+    return all(layer.training and hidden.takes_cells(len(x), layer.batch_norm[0]) for layer in layers)
 
 
 def negative_elbo(

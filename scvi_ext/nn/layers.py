@@ -107,7 +107,7 @@ class FCLayer(nn.Module):
         weight, bias = self.linear.weight, self.linear.bias
         if covariates is None:
             h = x.linear(weight, bias) if isinstance(x, SparseRows) else linear(x, weight, bias)
-        elif not isinstance(x, SparseRows) and x.shape[:-1] == covariates.shape[:-1]:
+        elif not isinstance(x, SparseRows) and x.shape[:-1] == covariates.shape[:-1] and x.shape[-1] <= len(weight):
             h = linear(torch.cat([x, covariates], dim=-1), weight, bias)
         else:
             own, of_covariates = weight.split([weight.shape[1] - covariates.shape[-1], covariates.shape[-1]], dim=1)

@@ -176,6 +176,18 @@ def test_layers_say_the_same_in_float64_which_has_no_kernel(options):
         assert (a.double() - b).abs().max() <= 10 * FLOAT32["rtol"] * max(1.0, float(b.abs().max()))
 
 
+def test_large_layers_are_left_to_torch_and_say_the_same(monkeypatch):
+    torch.manual_seed(0)
+    layers, x = FCLayers(6, 5, dropout_rate=0.3), torch.randn(20, 6)
+    found = []
+    for largest in (100, 99):
+        monkeypatch.setattr(hidden, "_LARGEST", largest)
+        assert hidden.takes(torch.randn(20, 5), layers.layers[0].batch_norm[0]) == (largest == 100)
+        torch.manual_seed(1)
+        found.append(layers(x))
+    assert_close(*found, **FLOAT32)
+
+
 def test_one_cell_is_refused_as_by_torch():
     layers = FCLayers(6, 5, dropout_rate=0.0)
     with pytest.raises(ValueError, match="more than 1 value per channel"):

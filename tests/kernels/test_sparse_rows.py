@@ -9,6 +9,7 @@ import torch
 from _tolerances import FLOAT32, FLOAT64
 from torch.testing import assert_close
 
+from scvi_ext.kernels import sparse
 from scvi_ext.kernels.sparse import SparseRows
 
 B, G, H = 9, 31, 6
@@ -175,3 +176,12 @@ def test_what_is_not_finite_stays_in_its_row():
     out = SparseRows(rows.indptr, rows.genes, values, G).linear(torch.ones(H, G))
     assert torch.isnan(out).all(1).tolist() == [i == 2 for i in range(B)]
     assert torch.isfinite(out[[i for i in range(B) if i != 2]]).all()
+
+
+def test_sums_of_many_entries_are_those_of_few(monkeypatch):
+    x = torch.randint(0, 9, (37, 61)).float()
+    rows = SparseRows.from_dense(x)
+    few = rows.sum(-1)
+    monkeypatch.setattr(sparse, "_FEW", 0)
+    assert torch.equal(rows.sum(-1), few)
+    assert torch.equal(few, x.sum(-1))
