@@ -162,16 +162,17 @@ def _activate(
         row = x[i]
         for j in range(width):
             mean[j] += f8(row[j])
-    mean /= n
+    for j in range(width):
+        mean[j] /= n
     for i in range(n):
         row = x[i]
         for j in range(width):
             centred = f8(row[j]) - mean[j]
             var[j] += centred * centred
-    var /= n
-    running_mean += (momentum * (mean - running_mean)).astype(f4)
-    running_var += (momentum * (var * (n / (n - 1)) - running_var)).astype(f4)
-    inverse_std[:] = 1 / np.sqrt(var + eps)
+    for j in range(width):
+        running_mean[j] += momentum * (mean[j] - running_mean[j])
+        running_var[j] += momentum * (var[j] / (n - 1) - running_var[j])
+        inverse_std[j] = 1 / np.sqrt(var[j] / n + eps)
     for i in range(n):
         if threshold > 0 and i % 4 == 0:
             _draw(i, 0, seed, bits)
@@ -195,9 +196,10 @@ def _gradients(factor, normal, out, inverse_std, weight, d_out, d_x, d_weight, d
         for j in range(width):
             of_bias[j] += f8(to[j])
             of_weight[j] += f8(to[j] * row[j])
-    d_weight[:], d_bias[:] = of_weight, of_bias
-    mean, slope = (of_bias / n).astype(f4), (of_weight / n).astype(f4)
-    scale = weight * inverse_std
+    mean, slope, scale = np.empty(width, f4), np.empty(width, f4), np.empty(width, f4)
+    for j in range(width):
+        d_weight[j], d_bias[j] = of_weight[j], of_bias[j]
+        slope[j], mean[j], scale[j] = of_weight[j] / n, of_bias[j] / n, weight[j] * inverse_std[j]
     for i in range(n):
         row, to = normal[i], d_x[i]
         for j in range(width):

@@ -180,7 +180,10 @@ def _divergence(loc, scale, kl):
         terms[e] = term if var > f4(0) and var < f4(np.inf) else f4(np.nan)  # the logarithm has neither
     n = loc.shape[1]
     for i in range(kl.size):
-        kl[i] = f4(0.5) * terms[i * n : (i + 1) * n].sum()
+        total = 0.0
+        for e in range(i * n, (i + 1) * n):
+            total += terms[e]
+        kl[i] = 0.5 * total
 
 
 @kernel
