@@ -1,1 +1,1 @@
-"""Fused count losses, with all gradients in one pass, products with sparse and with dense rows, and Adam."""
+"""Fused count losses, products with sparse and with dense rows, hidden layers, the latent variable, and Adam."""

@@ -43,7 +43,7 @@ class Adam(torch.optim.Adam):
             group["weight_decay"],
         )
 
-    # Torch would wrap it for its profiler and for hooks, and that takes a sixth of the time.
+    # Torch would wrap it for its profiler and for hooks, which nobody has here.
     step.hooked = True
 
     def _places(self, moved: list[Tensor], states: list[dict[str, Tensor]]) -> _Places:

@@ -94,12 +94,16 @@ class SparseRows:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``, shape (B, H), for ``weight`` of shape (H, G)."""
-        if weight.shape[1] != self.n_genes:
-            msg = f"Counts of {self.n_genes} genes were given to a layer for {weight.shape[1]}."
-            raise ValueError(msg)
+        self.refuse_others(weight)
         if not (self.multiply_sparse and weight.dtype == torch.float32):
             return dense.linear(self.to_dense().to(weight.dtype), weight, bias)
         return _Product.apply(self, weight, bias)
+
+    def refuse_others(self, weight: Tensor) -> None:
+        """Raise a ValueError unless ``weight`` (H, G) is of as many genes: kernels would read beyond its end."""
+        if weight.shape[1] != self.n_genes:
+            msg = f"Counts of {self.n_genes} genes were given to a layer for {weight.shape[1]}."
+            raise ValueError(msg)
 
 
 def linear_once(x: SparseRows, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -110,7 +110,6 @@ class VAE(CountVAE):
         )
         self.goes_at_once = (
             at_once.fits(self.z_encoder, self.decoder)
-            and not self.encode_covariates
             and not self.covariates.n_dense
             and self.latent_distribution == "normal"
             and isinstance(self.library, ObservedLibrary)

@@ -109,6 +109,7 @@ class _NegativeELBO(torch.autograd.Function):
         ctx, run, norms, dropout_rates, softmax, x, encoded, codes, kl_weight, log_library, log_theta, *parameters
     ):
         w_in, b_in, _, _, w_mean, b_mean, w_var, b_var, w_out, b_out, _, _, *heads = parameters
+        encoded.refuse_others(w_in)
         if encoded.multiply_sparse:
             h, shown = sparse.linear_once(encoded, w_in, b_in), None
         else:

@@ -207,6 +207,14 @@ def test_a_cell_that_is_not_finite_shows_in_the_loss():
     assert loss.reconstruction.isnan().any()
 
 
+@pytest.mark.parametrize("multiply_sparse", [True, False])
+@pytest.mark.parametrize("n_genes", [60, 62])
+def test_counts_of_other_genes_are_refused(n_genes, multiply_sparse):
+    x = replace(minibatch(n_genes=n_genes).x, multiply_sparse=multiply_sparse)
+    with pytest.raises(ValueError, match=f"Counts of {n_genes} genes were given to a layer for 61"):
+        module().loss(minibatch()._replace(x=x))
+
+
 def test_a_code_that_is_no_batch_is_refused():
     cells = minibatch()
     with pytest.raises(IndexError, match="from 0 to 2"):
