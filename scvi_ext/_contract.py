@@ -64,7 +64,7 @@ CLASSIFICATION = "classification_loss"
 class Loss(NamedTuple):
     """What is minimised, and per cell the parts of the negative ELBO and what labels add; None where there is none."""
 
-    total: Tensor  # () what the optimiser minimises, at the current KL weight
+    total: Tensor | None  # () what the optimiser minimises, at the current KL weight; None if its gradients are there
     reconstruction: Tensor | None  # (B,) -log p(x | z)
     kl_z: Tensor | None  # (B,) KL(q || p) of all other latent variables, warmed up
     kl_library: Tensor | None  # (B,) KL(q(l) || p(l)), never warmed up (but in gimVI)

@@ -23,8 +23,8 @@ import zarr
 import scvi_ext as sx
 from scvi_ext import files
 from scvi_ext.engine import map_cells
+from scvi_ext.engine.step import TrainingStep
 from scvi_ext.files import spool, writing
-from scvi_ext.models.scvi import VAE
 
 QUICK = {"n_hidden": 8, "n_latent": 3, "max_epochs": 2, "progress": False}
 
@@ -362,14 +362,14 @@ def test_a_fit_that_cannot_be_written_is_not_lost(registered, tmp_path, monkeypa
 
 
 def test_an_interrupted_fit_is_written(registered, tmp_path, monkeypatch):
-    path, loss, n_calls = write(registered, tmp_path / "one.h5ad"), VAE.loss, iter(range(100))
+    path, step, n_calls = write(registered, tmp_path / "one.h5ad"), TrainingStep.__call__, iter(range(100))
 
-    def interrupted(*args, **kwargs):
+    def interrupted(self):
         if next(n_calls) == 5:
             signal.raise_signal(signal.SIGINT)
-        return loss(*args, **kwargs)
+        step(self)
 
-    monkeypatch.setattr(VAE, "loss", interrupted)
+    monkeypatch.setattr(TrainingStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sx.tl.fit(path, **QUICK | {"max_epochs": 10})
     monkeypatch.undo()
@@ -434,7 +434,6 @@ KILLED = """
 import os, signal, sys
 import scvi_ext as sx
 from scvi_ext.files import spool, writing
-from scvi_ext.models.scvi import VAE
 
 path, kind = sys.argv[1:]
 writing._AT_ONCE = 60 * 4 * 16  # bytes: 16 cells

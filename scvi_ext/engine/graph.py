@@ -93,10 +93,12 @@ def _captured(step: TrainingStep) -> tuple[Runner, str, float]:
 
 def _rehearsal(step: TrainingStep) -> Callable[[], None]:
     """Forward and backward of one minibatch on a copy of the module."""
-    module = copy.deepcopy(step.module)
+    loss_of = step.loss_of(copy.deepcopy(step.module))
 
     def rehearse() -> None:
-        module.loss(*step.minibatches(step.rows[:, 0])).total.backward()
+        total = loss_of(*step.minibatches(step.rows[:, 0])).total
+        if total is not None:
+            total.backward()
         if step.block.device.type == "cuda":
             torch.cuda.synchronize(step.block.device)
 

@@ -12,7 +12,7 @@ from scvi_ext.engine.processes import ALONE
 from scvi_ext.kernels.adam import Adam
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from torch import nn
@@ -84,6 +84,16 @@ class TrainingStep:
             fused=True,
             capturable=device.type == "cuda",
         )
+        self.loss = self.loss_of(module)
+
+    def loss_of(self, module: nn.Module) -> Callable[..., Loss]:
+        """The loss of a module; on the processor the one that has made all gradients when it returns, if there is one.
+
+        Such a loss has no total.
+        """
+        make = getattr(module, "loss_at_once", None)
+        alone_on_host = self.block.device.type == "cpu" and self.team.n == 1
+        return (make(self.rows.shape[-1]) if make is not None and alone_on_host else None) or module.loss
 
     def begin_epoch(self, schedule: np.ndarray, first: int) -> None:
         """Lay out an epoch: learning rate and KL weight (steps, 2), and which step is the next."""
@@ -100,9 +110,11 @@ class TrainingStep:
         lr, kl_weight = self.schedule.index_select(0, self.cursor).squeeze(0)
         self.lr.copy_(lr)
         for loss in self._losses(self.minibatches(rows), kl_weight):
-            for parameter in self.parameters:
-                parameter.grad = None
-            getattr(loss, "total", loss).backward()
+            total = getattr(loss, "total", loss)
+            if total is not None:
+                for parameter in self.parameters:
+                    parameter.grad = None
+                total.backward()
             if self.team.n > 1:
                 self.team.average([p.grad for p in self.parameters if p.grad is not None])
             self.optimizer.step()
@@ -113,7 +125,7 @@ class TrainingStep:
         """What the optimiser takes a step for: the loss of the module, or all that it has in turn, the loss last."""
         in_turn = getattr(self.module, "losses", None)
         if in_turn is None:
-            losses = (self.module.loss(*minibatches, kl_weight=kl_weight) for _ in range(1))
+            losses = (self.loss(*minibatches, kl_weight=kl_weight) for _ in range(1))
         else:
             losses = in_turn(*minibatches, kl_weight=kl_weight)
         while True:

@@ -74,4 +74,4 @@ def in_parallel(function: Callable, *args: object) -> object:
 
 def arrays(*tensors: Tensor | None) -> list[np.ndarray | None]:
     """The memory of tensors as numpy arrays, contiguous."""
-    return [None if t is None else t.contiguous().numpy(force=True) for t in tensors]
+    return [None if t is None else (t.detach() if t.requires_grad else t).contiguous().numpy() for t in tensors]

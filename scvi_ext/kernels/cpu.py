@@ -356,9 +356,12 @@ def _split(begin, end, genes, values, where, x):
 @kernel
 def _negative_binomial(
     begin, end, indptr, genes, values, logits, log_library, softmax, log_theta, dropout, weight,
-    ll, d_logits, d_library, d_theta, d_dropout,
+    ll, d_logits, d_library, d_theta, d_dropout, summed,
 ):  # fmt: skip
-    """(Zero-inflated, where ``dropout`` is given) negative binomial for the rows from ``begin`` to ``end``."""
+    """(Zero-inflated, where ``dropout`` is given) negative binomial for the rows from ``begin`` to ``end``.
+
+    ``d_theta`` has a row for each of all rows, or one for the sum over these.
+    """
     widest_vectors()
     n_genes, n_cells = logits.shape[1], indptr.size - 1
     rate, theta, inverse, library, lanes = _new(n_genes), _new(n_genes), _new(n_genes), _new(1), _new(64)
@@ -367,6 +370,8 @@ def _negative_binomial(
     where, x, mu, th, iv = np.empty(n_genes, np.int32), _new(n_genes), _new(n_genes), _new(n_genes), _new(n_genes)
     log_nb, d_mu, d_th, p = _new(n_genes), _new(n_genes), _new(n_genes), _new(n_genes)
     wanted, shared = d_logits.shape[0] > 0, log_theta.shape[0] == 1
+    if summed:
+        d_theta[0] = _ZERO
     if shared:
         _theta_of(log_theta[0], theta, inverse)
     for i in range(begin, end):
@@ -380,7 +385,7 @@ def _negative_binomial(
         if not finite:
             ll[i] = np.nan
             if wanted:
-                d_logits[i], d_library[i], d_theta[i] = np.nan, np.nan, np.nan
+                d_logits[i], d_library[i], d_theta[0 if summed else i] = np.nan, np.nan, np.nan
                 if dropout is not None:
                     d_dropout[i] = np.nan
             continue
@@ -419,8 +424,13 @@ def _negative_binomial(
                     d_dropout[i, g] = weight * d_p[g]
         ll[i] = total
         if wanted:
-            for g in range(n_genes):
-                d_theta[i, g] = weight * d_theta_i[g]
+            if summed:
+                total_theta = d_theta[0]
+                for g in range(n_genes):
+                    total_theta[g] += weight * d_theta_i[g]
+            else:
+                for g in range(n_genes):
+                    d_theta[i, g] = weight * d_theta_i[g]
             d_library[i] = _through_activation(logits[i], library[0], softmax, rate, d, weight, d_logits[i], lanes)
 
 
@@ -462,13 +472,14 @@ def _poisson(
 @parallel
 def _negative_binomial_parallel(
     parts, indptr, genes, values, logits, log_library, softmax, log_theta, dropout, weight,
-    ll, d_logits, d_library, d_theta, d_dropout,
+    ll, d_logits, d_library, d_theta, d_dropout, summed,
 ):  # fmt: skip
     n = logits.shape[0]
     for part in prange(parts):
+        own = d_theta[part : part + 1] if summed else d_theta
         _negative_binomial(
             part * n // parts, (part + 1) * n // parts, indptr, genes, values, logits, log_library, softmax, log_theta,
-            dropout, weight, ll, d_logits, d_library, d_theta, d_dropout,
+            dropout, weight, ll, d_logits, d_library, own, d_dropout, summed,
         )  # fmt: skip
 
 
@@ -555,15 +566,19 @@ def negative_binomial(
     dropout: Tensor | None,
     weight: float,
     gradients: bool,
+    *,
+    summed: bool = False,
 ) -> Gradients:
     """Log-probability of each row under a (zero-inflated) negative binomial, and ``weight`` times its gradients.
 
-    The gradients are written over ``logits`` and ``dropout``.
+    The gradients are written over ``logits`` and ``dropout``. That by ``log_theta`` has a row for each row, or with
+    ``summed`` a few, which add up to the sum over all.
     """
     n, n_genes = logits.shape
     ll = torch.empty(n)
     kept = n if gradients else 0
-    d_library, d_theta = torch.empty(kept), torch.empty(kept, n_genes)
+    d_library = torch.empty(kept)
+    d_theta = torch.empty(torch.get_num_threads() if summed else kept, n_genes)
     # Over the outputs of the decoder, which nobody needs any more and which are in the cache.
     d_logits = logits.detach() if gradients else torch.empty(0, n_genes)
     d_dropout = dropout.detach() if gradients and dropout is not None else dropout
@@ -574,6 +589,7 @@ def negative_binomial(
         *arrays(log_theta.reshape(-1, n_genes), dropout),
         f4(weight),
         *arrays(ll, d_logits, d_library, d_theta, d_dropout),
+        summed,
     )
     return ll, d_logits, d_library, d_theta, d_dropout
 
@@ -587,6 +603,8 @@ def poisson(
     dropout: None,
     weight: float,
     gradients: bool,
+    *,
+    summed: bool = False,
 ) -> Gradients:
     """Log-probability of each row under a Poisson distribution, and ``weight`` times its gradients, over ``logits``."""
     n, n_genes = logits.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,16 +20,6 @@ _LOW = u8(0xFFFFFFFF)
 _LARGEST = 2**18  # entries, those of 1,024 cells and 256 units: one thread has done with fewer before others are awake
 
 
-class Kept(NamedTuple):
-    """What the gradients of an activation need of it."""
-
-    normal: np.ndarray  # (B, n) normalised
-    out: np.ndarray  # (B, n)
-    inverse_std: np.ndarray  # (n,)
-    weight: np.ndarray  # (n,)
-    factor: np.float32  # of what is not dropped
-
-
 def dropout_factors(shape: tuple[int, ...], p: float) -> Tensor:
     """What dropout multiplies by, float32 of this shape: 0 with probability ``p``, else 1 / (1 - p).
 
@@ -37,7 +27,7 @@ def dropout_factors(shape: tuple[int, ...], p: float) -> Tensor:
     can be made in any order and on any thread.
     """
     factors = np.empty(shape, f4)
-    in_parallel(_dropout_in_parts, _seed(), _threshold(p), _factor(p), factors.reshape(-1, shape[-1]))
+    in_parallel(_dropout_in_parts, seed_for(p), threshold(p), factor(p), factors.reshape(-1, shape[-1]))
     return torch.from_numpy(factors)
 
 
@@ -60,51 +50,39 @@ def activate(x: Tensor, norm: nn.BatchNorm1d, p: float) -> Tensor:
     return _Activation.apply(x, norm.weight, norm.bias, norm, p)
 
 
-def activate_once(x: Tensor, norm: nn.BatchNorm1d, p: float) -> tuple[Tensor, Kept]:
-    """The same outside of autograd, and what :func:`activation_gradients` needs of it."""
-    n_cells, n = x.shape
-    # `out` belongs to numpy, or it would hold on to itself.
-    weight, *others = arrays(norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    kept = Kept(np.empty((n_cells, n), f4), np.empty((n_cells, n), f4), np.empty(n, f4), weight, _factor(p))
-    seed = _seed() if p else u8(0)
-    _activate(
-        seed, _threshold(p), kept.factor, norm.momentum, norm.eps, *arrays(x),
-        weight, *others, kept.normal, kept.out, kept.inverse_std,
-    )  # fmt: skip
-    norm.num_batches_tracked.add_(1)
-    return torch.from_numpy(kept.out), kept
-
-
-def activation_gradients(kept: Kept, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By what was activated, (B, n), and by the weights and the biases of the normalisation, (n,) each."""
-    n_cells, n = kept.out.shape
-    made = np.empty((n_cells, n), f4), np.empty(n, f4), np.empty(n, f4)
-    _gradients(kept.factor, kept.normal, kept.out, kept.inverse_std, kept.weight, *arrays(d_out), *made)
-    return tuple(map(torch.from_numpy, made))
-
-
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, norm, p):
-        out, ctx.kept = activate_once(x, norm, p)
-        return out
+        n_cells, n = x.shape
+        # `out` belongs to numpy, or it would hold on to itself.
+        normal, out, inverse_std = np.empty((n_cells, n), f4), np.empty((n_cells, n), f4), np.empty(n, f4)
+        of_norm = arrays(weight, bias, norm.running_mean, norm.running_var)
+        settings = seed_for(p), threshold(p), factor(p), norm.momentum, norm.eps
+        activate_kernel(*settings, *arrays(x), *of_norm, normal, out, inverse_std)
+        norm.num_batches_tracked.add_(1)
+        ctx.kept = settings[2], normal, out, inverse_std, of_norm[0]
+        return torch.from_numpy(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        return *activation_gradients(ctx.kept, d_out), None, None
+        n = d_out.shape[1]
+        made = torch.empty(d_out.shape), torch.empty(n), torch.empty(n)
+        gradients_kernel(*ctx.kept, *arrays(d_out, *made))
+        return *made, None, None
 
 
-def _seed() -> np.uint64:
-    return u8(torch.empty((), dtype=torch.int64).random_().item())
+def seed_for(p: float) -> np.uint64:
+    """Of the bits of a dropout; where nothing is dropped, torch's generator is not asked."""
+    return u8(torch.empty((), dtype=torch.int64).random_().item()) if p else u8(0)
 
 
-def _factor(p: float) -> np.float32:
+def factor(p: float) -> np.float32:
     """Of what is not dropped."""
     return f4(1 / (1 - p)) if p < 1 else _ZERO
 
 
-def _threshold(p: float) -> np.uint64:
+def threshold(p: float) -> np.uint64:
     """Of 32 random bits: what is below is dropped."""
     return u8(round(p * 2**32))
 
@@ -152,9 +130,10 @@ def _dropout_in_parts(parts, seed, threshold, factor, factors):
 
 
 @kernel
-def _activate(
+def activate_kernel(
     seed, threshold, factor, momentum, eps, x, weight, bias, running_mean, running_var, normal, out, inverse_std
 ):
+    """Write what is normalised, what comes out, and 1 / std of each unit; ``out`` may be ``x``."""
     widest_vectors()
     n, width = x.shape
     mean, var, bits = np.zeros(width), np.zeros(width), np.zeros((4, width), np.uint32)
@@ -185,7 +164,8 @@ def _activate(
 
 
 @kernel
-def _gradients(factor, normal, out, inverse_std, weight, d_out, d_x, d_weight, d_bias):
+def gradients_kernel(factor, normal, out, inverse_std, weight, d_out, d_x, d_weight, d_bias):
+    """Write the gradients by ``x``, and by weights and biases of the normalisation."""
     widest_vectors()
     n, width = out.shape
     of_weight, of_bias = np.zeros(width), np.zeros(width)

@@ -5,7 +5,7 @@ All of it is small, and by operations of torch takes as long as they take to cal
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,19 +15,9 @@ from scvi_ext.kernels.compiler import arrays, kernel, widest_vectors
 from scvi_ext.kernels.cpu import _exp, _log
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor, nn
 
 f4 = np.float32
-
-
-class Kept(NamedTuple):
-    """What the gradients of a posterior need of it."""
-
-    h: Tensor  # (B, n_hidden)
-    weight: Tensor  # (2 L, n_hidden) of both linear maps
-    slope: np.ndarray  # (B, L) of the scale by the log variance
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -40,112 +30,54 @@ def posterior(h: Tensor, mean: nn.Linear, log_var: nn.Linear, max_log_var: float
     return _Posterior.apply(h, mean.weight, mean.bias, log_var.weight, log_var.bias, max_log_var, eps)
 
 
-def posterior_once(
-    h: Tensor,
-    mean_weight: Tensor,
-    mean_bias: Tensor,
-    log_var_weight: Tensor,
-    log_var_bias: Tensor,
-    max_log_var: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Kept]:
-    """The same outside of autograd, and what :func:`posterior_gradients` needs of it."""
-    weight = torch.cat([mean_weight, log_var_weight])  # one product for both
-    both = torch.addmm(torch.cat([mean_bias, log_var_bias]), h, weight.t())  # (B, 2 L)
-    loc, scale, slope = (np.empty((len(h), len(mean_weight)), f4) for _ in range(3))
-    _spread(*arrays(both), loc, scale, slope, f4(max_log_var), f4(eps))
-    return torch.from_numpy(loc), torch.from_numpy(scale), Kept(h, weight, slope)
-
-
-def posterior_gradients(kept: Kept, d_loc: Tensor, d_scale: Tensor) -> tuple[Tensor, ...]:
-    """By h, by weights and biases of the mean, and by those of the log variance."""
-    d_both = np.empty((len(kept.h), len(kept.weight)), f4)
-    _spread_gradient(*arrays(d_loc, d_scale), kept.slope, d_both)
-    d_both = torch.from_numpy(d_both)
-    d_mean, d_log_var = (d_both.t() @ kept.h).chunk(2)
-    d_mean_bias, d_log_var_bias = d_both.sum(0).chunk(2)
-    return d_both @ kept.weight, d_mean, d_mean_bias, d_log_var, d_log_var_bias
-
-
 def kl_standard_normal(loc: Tensor, scale: Tensor) -> Tensor:
     """KL(N(loc, scale^2) || N(0, I)) of each row, shape (B,)."""
     return _Divergence.apply(loc, scale)
 
 
-def divergence(loc: Tensor, scale: Tensor) -> Tensor:
-    """The same outside of autograd."""
-    kl = np.empty(len(loc), f4)
-    _divergence(*arrays(loc, scale), kl)
-    return torch.from_numpy(kl)
-
-
-def divergence_gradients(loc: Tensor, scale: Tensor, d_kl: Tensor | float) -> tuple[Tensor, Tensor]:
-    """By location and scale; ``d_kl`` has shape (B,), or is the same for all."""
-    d_loc, d_scale = np.empty(loc.shape, f4), np.empty(loc.shape, f4)
-    of_cells = np.full(len(loc), d_kl, f4) if isinstance(d_kl, float) else arrays(d_kl)[0]
-    _divergence_gradients(*arrays(loc, scale), of_cells, d_loc, d_scale)
-    return torch.from_numpy(d_loc), torch.from_numpy(d_scale)
-
-
-def beside(z: Tensor, codes: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """``z`` (B, L) and indicators of categories: of codes, (B,) int64, and how many of them there are.
-
-    Raises
-    ------
-    IndexError
-        A code is none of these.
-    """
-    width = z.shape[1] + sum(n for _, n in codes)
-    out = np.zeros((len(z), width), f4)
-    out[:, : z.shape[1]] = arrays(z)[0]
-    first = z.shape[1]
-    for code, n in codes:
-        if not _mark(*arrays(code), first, n, out):
-            msg = f"Codes of {n} categories are from 0 to {n - 1}; there are others."
-            raise IndexError(msg)
-        first += n
-    return torch.from_numpy(out)
-
-
 class _Posterior(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        loc, scale, ctx.kept = posterior_once(*args)
-        return loc, scale
+    def forward(ctx, h, mean_weight, mean_bias, log_var_weight, log_var_bias, max_log_var, eps):
+        weight = torch.cat([mean_weight, log_var_weight])  # one product for both
+        both = torch.addmm(torch.cat([mean_bias, log_var_bias]), h, weight.t())  # (B, 2 L)
+        loc, scale, ctx.slope = (np.empty((len(h), len(mean_weight)), f4) for _ in range(3))
+        spread_kernel(*arrays(both), loc, scale, ctx.slope, f4(max_log_var), f4(eps))
+        ctx.save_for_backward(h, weight)
+        return torch.from_numpy(loc), torch.from_numpy(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loc, d_scale):
-        return *posterior_gradients(ctx.kept, d_loc, d_scale), None, None
+        h, weight = ctx.saved_tensors
+        d_both = torch.empty(len(h), len(weight))
+        _spread_gradient(*arrays(d_loc, d_scale), ctx.slope, *arrays(d_both))
+        d_mean, d_log_var = (d_both.t() @ h).chunk(2)
+        d_mean_bias, d_log_var_bias = d_both.sum(0).chunk(2)
+        return d_both @ weight, d_mean, d_mean_bias, d_log_var, d_log_var_bias, None, None
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loc, scale):
         ctx.save_for_backward(loc, scale)
-        return divergence(loc, scale)
+        kl = torch.empty(len(loc))
+        divergence_kernel(*arrays(loc, scale, kl))
+        return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_kl):
-        return divergence_gradients(*ctx.saved_tensors, d_kl)
+        loc, scale = ctx.saved_tensors
+        d_loc, d_scale = torch.empty(loc.shape), torch.empty(loc.shape)
+        _divergence_gradients(*arrays(loc, scale, d_kl, d_loc, d_scale))
+        return d_loc, d_scale
 
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _mark(codes, first, n, out):
-    """Write a one for each code, in n columns from ``first`` on; return whether all of them are from 0 to n - 1."""
-    for i in range(codes.size):
-        if not 0 <= codes[i] < n:
-            return False
-        out[i, first + codes[i]] = f4(1)
-    return True
-
-
-@kernel
-def _spread(both, loc, scale, slope, max_log_var, eps):
+def spread_kernel(both, loc, scale, slope, max_log_var, eps):
     """Write the two halves of ``both``, the second as a standard deviation, and its derivative."""
     widest_vectors()
     n = loc.shape[1]
@@ -170,7 +102,8 @@ def _spread_gradient(d_loc, d_scale, slope, d_both):
 
 
 @kernel
-def _divergence(loc, scale, kl):
+def divergence_kernel(loc, scale, kl):
+    """Write KL(N(loc, scale^2) || N(0, I)) of each row."""
     widest_vectors()
     m, s = loc.reshape(-1), scale.reshape(-1)
     terms = np.empty(m.size, np.float32)

@@ -108,48 +108,60 @@ class VAE(CountVAE):
             inject_covariates=deeply_inject_covariates,
             **self.heads,
         )
-        self.goes_at_once = (
-            at_once.fits(self.z_encoder, self.decoder)
-            and not self.covariates.n_dense
-            and self.latent_distribution == "normal"
-            and isinstance(self.library, ObservedLibrary)
-        )
         self.adversarial_mixing = adversarial_mixing
         self.critic = batch_critic(adversarial_mixing, n_latent, n_batch)
 
     def loss(self, cells: Minibatch, kl_weight: Tensor | float = 1.0, noise: Tensor | None = None) -> Loss:
         """The negative ELBO (Lopez et al. 2018, methods), its KL to the prior of z weighted by ``kl_weight``."""
-        run = self._kernel(cells) if noise is None else None
-        if run is not None:
-            total, reconstruction, kl_z, z = self._at_once(run, cells, kl_weight)
-            kl_library = torch.zeros_like(kl_z)
-        else:
-            qz, ql = posteriors = self.posteriors(cells)
-            z, log_library = self.draw(cells, posteriors, noise)
-            reconstruction = -self.log_px(self.transform_z(z), cells, log_library)  # (B,)
-            kl_z = kl_standard_normal(qz)  # (B,)
-            kl_library = self.library.kl(ql, cells)  # (B,)
-            total = (reconstruction + kl_library + kl_weight * kl_z).mean()
+        qz, ql = posteriors = self.posteriors(cells)
+        z, log_library = self.draw(cells, posteriors, noise)
+        reconstruction = -self.log_px(self.transform_z(z), cells, log_library)  # (B,)
+        kl_z = kl_standard_normal(qz)  # (B,)
+        kl_library = self.library.kl(ql, cells)  # (B,)
+        total = (reconstruction + kl_library + kl_weight * kl_z).mean()
         if self.critic is not None and self.training:
             weight = kl_weight * self.adversarial_mixing
             total = total + mixing_loss(self.critic, self.transform_z(z), cells.batch_index, weight)
         return Loss(total, reconstruction, kl_z, kl_library)
 
-    def _kernel(self, cells: Minibatch) -> Callable | None:
-        """That of the likelihood, where the loss can be made at once; else None."""
-        if not (self.goes_at_once and at_once.takes(self.z_encoder, self.decoder, cells.x)):
-            return None
-        return fused.choose(self.reconstruction_loss, "cpu", torch.float32)[0]
+    def loss_at_once(self, n_cells: int) -> Callable[[Minibatch, Tensor | float], Loss] | None:
+        """A faster way to :meth:`loss` and its gradients, for training on ``n_cells`` at a time; None if there is none.
 
-    def _at_once(
-        self, run: Callable, cells: Minibatch, kl_weight: Tensor | float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = cells.x.log1p() if self.log_variational else cells.x
-        codes, log_library = self.covariates.codes(cells), self.library.point(cells)
-        log_theta = None if self.dispersion is None else self.dispersion(cells)
-        return at_once.negative_elbo(
-            run, self.z_encoder, self.decoder, cells.x, x, codes, kl_weight, log_library, log_theta
-        )
+        It leaves the gradients in the parameters, which have to stay where they are in memory.
+        """
+        run = fused.choose(self.reconstruction_loss, "cpu", torch.float32)[0]
+        known = self.latent_distribution == "normal" and isinstance(self.library, ObservedLibrary)
+        plain = known and not self.covariates.n_dense and at_once.fits(self.z_encoder, self.decoder, n_cells)
+        if run is None or not plain or any(not p.requires_grad or p._backward_hooks for p in self.parameters()):
+            return None
+        whole = at_once.AtOnce(run, self.z_encoder, self.decoder, n_cells)
+        kl_library = torch.zeros(n_cells)
+
+        @torch.no_grad()
+        def loss(cells: Minibatch, kl_weight: Tensor | float = 1.0) -> Loss:
+            kl_weight = float(kl_weight)
+            encoded = cells.x.log1p() if self.log_variational else cells.x
+            log_theta = None if self.dispersion is None else self.dispersion(cells)
+            reconstruction, kl_z, z = whole.forwards(
+                cells.x, encoded, self.covariates.codes(cells), self.library.point(cells), log_theta
+            )
+            d_z = None
+            if self.critic is not None:
+                d_z = self._gradient_of_mixing(z, cells.batch_index, kl_weight * self.adversarial_mixing)
+            d_log_theta = whole.backwards(kl_weight, d_z)
+            if self.dispersion is not None:
+                self.dispersion.take_gradient(d_log_theta, cells)
+            return Loss(None, reconstruction, kl_z, kl_library)
+
+        return loss
+
+    @torch.enable_grad()
+    def _gradient_of_mixing(self, z: Tensor, batch_index: Tensor, weight: float) -> Tensor:
+        """By z, (B, L); the critic is given its own."""
+        z = z.clone().requires_grad_()
+        self.critic.zero_grad()
+        mixing_loss(self.critic, z, batch_index, weight).backward()
+        return z.grad
 
 
 SPEC = ModelSpec(

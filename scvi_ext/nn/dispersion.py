@@ -35,10 +35,18 @@ class Dispersion(nn.Module):
 
     def forward(self, cells: Minibatch) -> Tensor:
         """log(theta), shape (n_features,) or (B, n_features)."""
+        return self.log_theta if self.column is None else self.log_theta[self._codes(cells)]
+
+    def take_gradient(self, of_cells: Tensor, cells: Minibatch) -> None:
+        """Give the parameter its gradient from those by the log(theta) of each cell, (B, n_features)."""
         if self.column is None:
-            return self.log_theta
+            self.log_theta.grad = of_cells.sum(0)
+        else:
+            self.log_theta.grad = torch.zeros_like(self.log_theta).index_add_(0, self._codes(cells), of_cells)
+
+    def _codes(self, cells: Minibatch) -> Tensor:
         codes = getattr(cells, self.column)
         if codes is None:
             msg = f"dispersion={self.kind!r} needs the label of each cell, and no labels were given."
             raise ValueError(msg)
-        return self.log_theta[codes]
+        return codes

@@ -158,7 +158,7 @@ def at_step(number: int | None, action: Callable[[Any], Any]) -> Iterator[None]:
         step += 1
         return action(found) if step == number else found
 
-    with changed(VAE, loss=loss):
+    with changed(VAE, loss=loss, loss_at_once=lambda module, n_cells: None):
         yield
 
 

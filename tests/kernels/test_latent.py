@@ -89,18 +89,3 @@ def test_an_encoder_says_the_same_in_float64():
     x = torch.randn(30, 20)
     for a, b in zip(encoder.posterior(x), exact.posterior(x.double()), strict=True):
         assert_close(a.double(), b, **FLOAT32)
-
-
-def test_indicators_stand_beside_the_latent_variable():
-    z = torch.randn(4, 3)
-    codes = [(torch.tensor([0, 1, 2, 1]), 3), (torch.tensor([1, 0, 0, 1]), 2)]
-    expected = torch.cat([z, *(nn.functional.one_hot(code, n) for code, n in codes)], dim=1)
-    assert torch.equal(latent.beside(z, codes), expected)
-    assert torch.equal(latent.beside(z, []), z)
-    assert latent.beside(z, []) is not z
-
-
-@pytest.mark.parametrize("code", [-1, 3])
-def test_a_code_that_is_no_category_is_refused(code):
-    with pytest.raises(IndexError, match="from 0 to 2"):
-        latent.beside(torch.randn(2, 3), [(torch.tensor([0, code]), 3)])

@@ -1,24 +1,23 @@
-"""The loss of scVI as one node of autograd: the same numbers as part by part, and as in float64 throughout."""
+"""The loss of scVI made at once with its gradients: the same numbers as part by part, and as in float64 throughout."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from _tolerances import FLOAT32, MODULE_WITH_KERNEL
+from _tolerances import FIT_WITH_KERNEL, MODULE_WITH_KERNEL
 from torch.testing import assert_close
 
+import scvi_ext as sx
 from scvi_ext._contract import Minibatch
 from scvi_ext.functional import products
-from scvi_ext.functional.ranks import Ranks, training_as
 from scvi_ext.kernels import dense
 from scvi_ext.kernels.sparse import SparseRows
 from scvi_ext.models.scvi import VAE
-from scvi_ext.nn import at_once
 
 CASES = {
     "defaults": {},
@@ -49,21 +48,29 @@ def minibatch(n_cells=37, n_genes=61, n_batch=3, n_cats_per_cov=(4, 1, 2)):
     return Minibatch(SparseRows.from_dense(x), codes[0], codes[1], size_factor, torch.stack(codes[2:], dim=1))
 
 
-def outcome(vae, cells, kl_weight=0.7, scale=1.0):
-    """Loss, parts, gradients, running statistics and the state of the generator afterwards."""
+def outcome(vae, cells, kl_weight=0.7):
+    """Parts of the loss, gradients, running statistics and the state of the generator afterwards."""
     vae = copy.deepcopy(vae)
     torch.manual_seed(2)
     loss = vae.loss(cells, kl_weight=kl_weight)
-    (scale * loss.total).backward()
-    parts = {"total": loss.total.detach(), "reconstruction": loss.reconstruction.detach(), "kl_z": loss.kl_z.detach()}
-    gradients = {name: p.grad for name, p in vae.named_parameters()}
-    return parts | dict(vae.named_buffers()) | gradients | {"generator": torch.get_rng_state()}
+    loss.total.backward()
+    return found(vae, loss)
 
 
-def part_by_part(vae):
+def outcome_at_once(vae, cells, kl_weight=0.7):
+    """The same where the loss is made with all its gradients."""
     vae = copy.deepcopy(vae)
-    vae.goes_at_once = False
-    return vae
+    loss_at_once = vae.loss_at_once(len(cells.x))
+    torch.manual_seed(2)
+    loss = loss_at_once(cells, kl_weight=kl_weight)
+    assert loss.total is None
+    return found(vae, loss)
+
+
+def found(vae, loss):
+    parts = {name: getattr(loss, name).detach().clone() for name in ("reconstruction", "kl_z", "kl_library")}
+    gradients = {name: p.grad.clone() for name, p in vae.named_parameters()}
+    return parts | dict(vae.named_buffers()) | gradients | {"generator": torch.get_rng_state()}
 
 
 def assert_same(found, expected):
@@ -75,25 +82,17 @@ def assert_same(found, expected):
         assert ((found[name].double() - b.double()).abs() <= limit).all(), name
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """How often the loss was made at once."""
-    times, whole = [], at_once.negative_elbo
-    monkeypatch.setattr(at_once, "negative_elbo", lambda *args: times.append(1) or whole(*args))
-    return times
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_what_the_parts_are(asked, case):
+def test_it_is_what_the_parts_are(case):
     vae = module(**CASES[case])
-    found, expected = outcome(vae, minibatch()), outcome(part_by_part(vae), minibatch())
-    assert len(asked) == 1
-    assert found.keys() == expected.keys()
-    assert_same(found, expected)
+    expected = outcome(vae, minibatch())
+    at_once = outcome_at_once(vae, minibatch())
+    assert at_once.keys() == expected.keys()
+    assert_same(at_once, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_what_the_formulas_are_in_float64(asked, case):
+def test_it_is_what_the_formulas_are_in_float64(case):
     vae = module(**(CASES[case] | {"dropout_rate": 0.0}))
     cells = minibatch()
     exact = copy.deepcopy(vae).double()
@@ -103,52 +102,55 @@ def test_it_is_what_the_formulas_are_in_float64(asked, case):
     there = cells._replace(x=cells.x.to_dense().double(), size_factor=cells.size_factor.double())
     loss = exact.loss(there, kl_weight=0.7, noise=noise)
     loss.total.backward()
-    expected = {"total": loss.total.detach(), "reconstruction": loss.reconstruction.detach()}
+    expected = {"reconstruction": loss.reconstruction.detach(), "kl_z": loss.kl_z.detach()}
     expected |= {name: p.grad for name, p in exact.named_parameters()}
-    found = outcome(vae, cells)
-    assert len(asked) == 1
-    assert_same({name: found[name] for name in expected}, expected)
-
-
-def test_gradients_of_a_multiple_of_the_loss(asked):
-    vae = module(adversarial_mixing=3.0)
-    found, expected = outcome(vae, minibatch(), scale=-2.5), outcome(part_by_part(vae), minibatch(), scale=-2.5)
-    assert len(asked) == 1
-    assert_same(found, expected)
+    at_once = outcome_at_once(vae, cells)
+    assert_same({name: at_once[name] for name in expected}, expected)
 
 
 @pytest.mark.parametrize("case", ["defaults", "counts as they are"])
-def test_rows_that_are_multiplied_as_dense_ones(asked, case):
+def test_rows_that_are_multiplied_as_dense_ones(case):
     vae, cells = module(**CASES[case]), minibatch()
     cells = cells._replace(x=replace(cells.x, multiply_sparse=False))
-    found, expected = outcome(vae, cells), outcome(part_by_part(vae), cells)
-    assert len(asked) == 1
-    assert_same(found, expected)
-    assert_same(found, outcome(vae, minibatch()))
+    at_once = outcome_at_once(vae, cells)
+    assert_same(at_once, outcome(vae, cells))
+    assert_same(at_once, outcome_at_once(vae, minibatch()))
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, torch.tensor(0.3)])
 def test_any_weight_of_the_divergence(kl_weight):
     vae = module()
-    assert_same(outcome(vae, minibatch(), kl_weight), outcome(part_by_part(vae), minibatch(), kl_weight))
+    assert_same(outcome_at_once(vae, minibatch(), kl_weight), outcome(vae, minibatch(), kl_weight))
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])
-def test_large_products_are_those_of_layers(asked, monkeypatch, in_bfloat16):
+def test_large_products_are_those_of_layers(monkeypatch, in_bfloat16):
     monkeypatch.setattr(dense, "_LARGE", 1)
     vae = module()
-    found = []
-    for each in (vae, part_by_part(vae)):
-        if in_bfloat16:
-            with products.in_bfloat16():
-                found.append(outcome(each, minibatch()))
-        else:
-            found.append(outcome(each, minibatch()))
-    assert len(asked) == 1
+    with products.in_bfloat16() if in_bfloat16 else nullcontext():
+        at_once, expected = outcome_at_once(vae, minibatch()), outcome(vae, minibatch())
     if in_bfloat16:  # the first layer's product is over sparse rows in both, and all others are rounded by layers only
-        assert_close(found[0]["reconstruction"], found[1]["reconstruction"], rtol=2.0**-7, atol=0)
+        assert_close(at_once["reconstruction"], expected["reconstruction"], rtol=2.0**-7, atol=0)
     else:
-        assert_same(*found)
+        assert_same(at_once, expected)
+
+
+def test_one_minibatch_after_the_other():
+    """Nothing of a minibatch is left in what lies in the same place for the next one."""
+    vae, other = module(adversarial_mixing=3.0, n_cats_per_cov=[4, 1, 2]), minibatch()
+    other = other._replace(x=other.x.rows(torch.randperm(37)), batch_index=other.batch_index.flip(0))
+    expected = outcome_at_once(vae, minibatch())
+    vae = copy.deepcopy(vae)
+    loss_at_once = vae.loss_at_once(37)
+    statistics = copy.deepcopy(dict(vae.named_buffers()))
+    loss_at_once(other, 0.3)
+    with torch.no_grad():
+        for name, buffer in vae.named_buffers():
+            buffer.copy_(statistics[name])
+    torch.manual_seed(2)
+    again = found(vae, loss_at_once(minibatch(), 0.7))
+    for name, value in expected.items():
+        assert torch.equal(again[name], value), name
 
 
 @pytest.mark.parametrize(
@@ -169,87 +171,76 @@ def test_large_products_are_those_of_layers(asked, monkeypatch, in_bfloat16):
     ],
     ids=str,
 )
-def test_what_it_does_not_cover_goes_part_by_part(asked, options):
-    cells = minibatch()._replace(continuous=torch.randn(37, 2) if "n_continuous_cov" in options else None)
-    loss = module(**options).loss(cells)
-    loss.total.backward()
-    assert loss.total.isfinite()
-    assert not asked
+def test_what_it_does_not_cover(options):
+    assert module(**options).loss_at_once(37) is None
 
 
-def test_it_is_for_training_only(asked):
-    vae, cells = module(), minibatch()
-    with torch.no_grad():
-        vae.loss(cells)
-    vae.loss(cells, noise=torch.zeros(37, vae.n_noise))
-    vae.loss(cells._replace(x=cells.x.to_dense()))
-    copy.deepcopy(vae).double().loss(cells._replace(x=cells.x.to_dense().double()))
+def test_it_is_for_training_of_all_parameters_in_float32_on_the_processor():
+    assert module().loss_at_once(37) is not None
+    assert module().eval().loss_at_once(37) is None
+    assert module().double().loss_at_once(37) is None
+    assert module().to("meta").loss_at_once(37) is None
+    assert module().loss_at_once(1) is None  # one cell has no variance
+    assert module(n_hidden=256).loss_at_once(2**13) is None  # more than one thread likes
+    vae = module()
     vae.decoder.px_decoder.layers[0].batch_norm.eval()
-    vae.loss(cells)
-    vae.eval().loss(cells)
-    assert not asked
-    vae.train().loss(cells)
-    assert len(asked) == 1
-
-
-def test_one_of_several_processes_goes_part_by_part(asked):
-    vae = module(dropout_rate=0.0, use_batch_norm="both")
-    with training_as(Ranks(0, 2)), pytest.raises(ValueError, match="process group"):
-        vae.loss(minibatch())  # which would ask the other one
-    assert not asked
+    assert vae.loss_at_once(37) is None
+    vae = module()
+    vae.z_encoder.mean_encoder.weight.requires_grad_(False)
+    assert vae.loss_at_once(37) is None
+    vae = module()
+    vae.decoder.px_scale_decoder.weight.register_hook(lambda gradient: 2 * gradient)
+    assert vae.loss_at_once(37) is None
+    vae = module()
+    vae.dispersion.log_theta.requires_grad_(False)
+    assert vae.loss_at_once(37) is None
 
 
 def test_a_cell_that_is_not_finite_shows_in_the_loss():
-    cells = minibatch()
+    vae, cells = module(), minibatch()
     cells.x.values[3] = torch.nan
-    loss = module().loss(cells)
-    assert loss.total.isnan()
+    loss = vae.loss_at_once(37)(cells)
     assert loss.reconstruction.isnan().any()
+    assert vae.dispersion.log_theta.grad.isnan().all()
 
 
 @pytest.mark.parametrize("multiply_sparse", [True, False])
 @pytest.mark.parametrize("n_genes", [60, 62])
 def test_counts_of_other_genes_are_refused(n_genes, multiply_sparse):
     x = replace(minibatch(n_genes=n_genes).x, multiply_sparse=multiply_sparse)
-    with pytest.raises(ValueError, match=f"Counts of {n_genes} genes were given to a layer for 61"):
-        module().loss(minibatch()._replace(x=x))
+    for loss in (module().loss, module().loss_at_once(37)):
+        with pytest.raises(ValueError, match=f"Counts of {n_genes} genes were given to a layer for 61"):
+            loss(minibatch()._replace(x=x))
 
 
-def test_a_code_that_is_no_batch_is_refused():
+@pytest.mark.parametrize("n_cells", [36, 38])
+def test_minibatches_of_another_size_are_refused(n_cells):
+    with pytest.raises(ValueError, match=f"made for minibatches of 37 cells, and this one has {n_cells}"):
+        module().loss_at_once(37)(minibatch(n_cells=n_cells))
+
+
+@pytest.mark.parametrize("code", [-1, 3])
+def test_a_code_that_is_no_batch_is_refused(code):
     cells = minibatch()
-    with pytest.raises(IndexError, match="from 0 to 2"):
-        module().loss(cells._replace(batch_index=cells.batch_index + 1))
+    cells.batch_index[5] = code
+    with pytest.raises(IndexError, match="Codes of 3 categories are from 0 to 2"):
+        module().loss_at_once(37)(cells)
 
 
-def test_hooks_and_frozen_parameters_are_respected():
-    vae = module()
-    expected = outcome(vae, minibatch())
-    vae.z_encoder.requires_grad_(False)
-    vae.decoder.px_scale_decoder.weight.register_hook(lambda gradient: 2 * gradient)
-    torch.manual_seed(2)
-    vae.loss(minibatch(), kl_weight=0.7).total.backward()
-    assert all(p.grad is None for p in vae.z_encoder.parameters())
-    name = "decoder.px_scale_decoder.weight"
-    assert torch.equal(vae.get_parameter(name).grad, 2 * expected[name])
+# ---- fits ----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_a_step_is_left_behind():
-    vae = module(n_batch=1)
-    gc.collect()
-    gc.disable()
-    try:
-        loss = vae.loss(minibatch())
-        loss.total.backward()
-        node = weakref.ref(loss.total.grad_fn)
-        del loss
-        assert node() is None  # a node that held on to its own results would wait for the collector
-    finally:
-        gc.enable()
-
-
-def test_gradients_do_not_flow_through_the_parts():
-    loss = module().loss(minibatch())
-    assert loss.total.requires_grad
-    assert not loss.reconstruction.requires_grad
-    assert not loss.kl_z.requires_grad
-    assert_close(loss.total, (loss.reconstruction + loss.kl_z).mean(), **FLOAT32)
+@pytest.mark.parametrize("options", [{}, {"adversarial_mixing": 2.0}, {"dispersion": "gene-batch"}], ids=str)
+def test_a_fit_is_the_same_as_part_by_part(make_counts, monkeypatch, options):
+    made, fits = [], []
+    loss_at_once = VAE.loss_at_once
+    for make in (loss_at_once, lambda module, n_cells: None):
+        monkeypatch.setattr(VAE, "loss_at_once", lambda *args, make=make: made.append(make(*args)) or made[-1])
+        adata = make_counts()
+        sx.pp.setup_anndata(adata, batch_key="batch")
+        sx.tl.fit(adata, max_epochs=3, batch_size=60, n_hidden=16, n_latent=4, **options)
+        sx.tl.get_latent(adata)
+        fits.append(adata)
+    assert [m is not None for m in made] == [True, True, False, False]  # of the rehearsal, and of the fit
+    at_once, parts = (sx.get.history(adata).drop(columns="cells_per_second") for adata in fits)
+    np.testing.assert_allclose(at_once, parts, **FIT_WITH_KERNEL)

@@ -21,6 +21,7 @@ from scvi_ext.data.sampler import split_cells
 from scvi_ext.data.stream import Resident, Streamed
 from scvi_ext.engine import fit as engine
 from scvi_ext.engine.checkpoint import load_module, module_arrays
+from scvi_ext.engine.step import TrainingStep
 from scvi_ext.models.scvi import VAE
 from scvi_ext.tl import _train
 
@@ -197,23 +198,22 @@ def test_where_counts_are_is_logged(h5ad, logged):
 @pytest.fixture
 def at_step(monkeypatch):
     """``at_step(7, action)`` calls ``action()`` in the 7th training step from now on."""
-    plain = VAE.loss
+    plain = TrainingStep.__call__
 
     def at_step(n, action):
         count = 0
 
-        def loss(module, *cells, **options):
+        def step(self):
             nonlocal count
-            count += isinstance(options.get("kl_weight"), torch.Tensor)
-            result = plain(module, *cells, **options)
-            if count == n and isinstance(options.get("kl_weight"), torch.Tensor):
+            count += 1
+            if count == n:
                 action()
-            return result
+            plain(self)
 
-        monkeypatch.setattr(VAE, "loss", loss)
+        monkeypatch.setattr(TrainingStep, "__call__", step)
 
     yield at_step
-    monkeypatch.setattr(VAE, "loss", plain)
+    monkeypatch.setattr(TrainingStep, "__call__", plain)
 
 
 @pytest.fixture
@@ -429,6 +429,7 @@ def test_damage_while_the_guard_looks_for_the_culprit(h5ad, monkeypatch):
         return guarded(step, source, cells, epoch, origin)
 
     monkeypatch.setattr(VAE, "loss", loss)
+    monkeypatch.setattr(VAE, "loss_at_once", lambda module, n_cells: None)
     monkeypatch.setattr(engine, "find_culprits", damaged)
     with pytest.raises(UnreadableRowsError, match=r"Rows \d+ to \d+ of .*cells\.h5ad, X cannot be used"):
         sx.tl.fit(adata, **RUN)
