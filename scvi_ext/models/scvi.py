@@ -135,6 +135,7 @@ class VAE(CountVAE):
         if run is None or not plain or any(not p.requires_grad or p._backward_hooks for p in self.parameters()):
             return None
         whole = at_once.AtOnce(run, self.z_encoder, self.decoder, n_cells)
+        mixing = None if self.critic is None else at_once.Mixing(self.critic)
         kl_library = torch.zeros(n_cells)
 
         @torch.no_grad()
@@ -146,22 +147,14 @@ class VAE(CountVAE):
                 cells.x, encoded, self.covariates.codes(cells), self.library.point(cells), log_theta
             )
             d_z = None
-            if self.critic is not None:
-                d_z = self._gradient_of_mixing(z, cells.batch_index, kl_weight * self.adversarial_mixing)
+            if mixing is not None:
+                d_z = mixing.gradient(z, cells.batch_index, kl_weight * self.adversarial_mixing)
             d_log_theta = whole.backwards(kl_weight, d_z)
             if self.dispersion is not None:
                 self.dispersion.take_gradient(d_log_theta, cells)
             return Loss(None, reconstruction, kl_z, kl_library)
 
         return loss
-
-    @torch.enable_grad()
-    def _gradient_of_mixing(self, z: Tensor, batch_index: Tensor, weight: float) -> Tensor:
-        """By z, (B, L); the critic is given its own."""
-        z = z.clone().requires_grad_()
-        self.critic.zero_grad()
-        mixing_loss(self.critic, z, batch_index, weight).backward()
-        return z.grad
 
 
 SPEC = ModelSpec(

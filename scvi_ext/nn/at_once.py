@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scvi_ext.functional import products
-from scvi_ext.kernels import sparse
+from scvi_ext.kernels import critic, sparse
 from scvi_ext.kernels.inner import Inner, takes
 from scvi_ext.nn.encoders import MAX_LOG_VAR, VAR_EPS
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scvi_ext.kernels.sparse import SparseRows
+    from scvi_ext.nn.classifier import Classifier
     from scvi_ext.nn.decoders import DecoderSCVI
     from scvi_ext.nn.encoders import Encoder
     from scvi_ext.nn.layers import FCLayers
@@ -144,3 +145,25 @@ class AtOnce:
             self.first.weight.grad = of_all[1]
         self.first.bias.grad = self.d_first_bias
         return d_theta
+
+
+class Mixing:
+    """The gradients of :func:`~scvi_ext.functional.adversary.mixing_loss`, of a critic of linear layers and ReLU."""
+
+    def __init__(self, network: Classifier):
+        self.layers = [*(layer.linear for layer in network.hidden.layers), network.output]
+
+    def gradient(self, z: Tensor, classes: Tensor, weight: float) -> Tensor:
+        """By z (B, L); the critic is given its own. ``classes`` are codes (B,), ``weight`` that of mixing."""
+        inputs = [z]
+        for layer in self.layers[:-1]:
+            inputs.append(torch.addmm(layer.bias, inputs[-1], layer.weight.t()).relu_())
+        logits = torch.addmm(self.layers[-1].bias, inputs[-1], self.layers[-1].weight.t())
+        d = critic.pulls(logits, classes, weight)  # the critic's own, and behind it what z is pulled by
+        for layer, x in zip(reversed(self.layers), reversed(inputs), strict=True):
+            own = d[: len(z)]
+            layer.weight.grad, layer.bias.grad = own.t() @ x, own.sum(0)
+            d = (d[len(z) :] if x is z else d) @ layer.weight
+            if x is not z:
+                critic.through_relu(x, d)
+        return d

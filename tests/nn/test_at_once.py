@@ -9,15 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from _tolerances import FIT_WITH_KERNEL, MODULE_WITH_KERNEL
+from _tolerances import FIT_WITH_KERNEL, FLOAT32, MODULE_WITH_KERNEL
 from torch.testing import assert_close
 
 import scvi_ext as sx
 from scvi_ext._contract import Minibatch
 from scvi_ext.functional import products
+from scvi_ext.functional.adversary import mixing_loss
 from scvi_ext.kernels import dense
 from scvi_ext.kernels.sparse import SparseRows
+from scvi_ext.models.base import batch_critic
 from scvi_ext.models.scvi import VAE
+from scvi_ext.nn import at_once
 
 CASES = {
     "defaults": {},
@@ -86,9 +89,9 @@ def assert_same(found, expected):
 def test_it_is_what_the_parts_are(case):
     vae = module(**CASES[case])
     expected = outcome(vae, minibatch())
-    at_once = outcome_at_once(vae, minibatch())
-    assert at_once.keys() == expected.keys()
-    assert_same(at_once, expected)
+    here = outcome_at_once(vae, minibatch())
+    assert here.keys() == expected.keys()
+    assert_same(here, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,17 +107,17 @@ def test_it_is_what_the_formulas_are_in_float64(case):
     loss.total.backward()
     expected = {"reconstruction": loss.reconstruction.detach(), "kl_z": loss.kl_z.detach()}
     expected |= {name: p.grad for name, p in exact.named_parameters()}
-    at_once = outcome_at_once(vae, cells)
-    assert_same({name: at_once[name] for name in expected}, expected)
+    here = outcome_at_once(vae, cells)
+    assert_same({name: here[name] for name in expected}, expected)
 
 
 @pytest.mark.parametrize("case", ["defaults", "counts as they are"])
 def test_rows_that_are_multiplied_as_dense_ones(case):
     vae, cells = module(**CASES[case]), minibatch()
     cells = cells._replace(x=replace(cells.x, multiply_sparse=False))
-    at_once = outcome_at_once(vae, cells)
-    assert_same(at_once, outcome(vae, cells))
-    assert_same(at_once, outcome_at_once(vae, minibatch()))
+    here = outcome_at_once(vae, cells)
+    assert_same(here, outcome(vae, cells))
+    assert_same(here, outcome_at_once(vae, minibatch()))
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0, torch.tensor(0.3)])
@@ -128,11 +131,11 @@ def test_large_products_are_those_of_layers(monkeypatch, in_bfloat16):
     monkeypatch.setattr(dense, "_LARGE", 1)
     vae = module()
     with products.in_bfloat16() if in_bfloat16 else nullcontext():
-        at_once, expected = outcome_at_once(vae, minibatch()), outcome(vae, minibatch())
+        here, expected = outcome_at_once(vae, minibatch()), outcome(vae, minibatch())
     if in_bfloat16:  # the first layer's product is over sparse rows in both, and all others are rounded by layers only
-        assert_close(at_once["reconstruction"], expected["reconstruction"], rtol=2.0**-7, atol=0)
+        assert_close(here["reconstruction"], expected["reconstruction"], rtol=2.0**-7, atol=0)
     else:
-        assert_same(at_once, expected)
+        assert_same(here, expected)
 
 
 def test_one_minibatch_after_the_other():
@@ -227,6 +230,28 @@ def test_a_code_that_is_no_batch_is_refused(code):
         module().loss_at_once(37)(cells)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("n_batch", [2, 5])
+def test_gradients_of_mixing(n_batch, sign):
+    """One of the signs makes a critic that finds less than nothing, and then nothing is pulled."""
+    torch.manual_seed(n_batch)
+    critic = batch_critic(3.0, 4, n_batch)
+    with torch.no_grad():
+        for parameter in critic.output.parameters():
+            parameter *= sign
+    z, classes = torch.randn(23, 4), torch.randint(n_batch, (23,))
+    exact, there = copy.deepcopy(critic).double(), z.double().requires_grad_()
+    own = torch.nn.functional.one_hot(classes, n_batch)
+    pulled = ((own - own.double().mean(0)) * exact(there)).sum(-1).mean() > 0
+    mixing_loss(exact, there, classes, 0.7).backward()
+    with torch.no_grad():
+        d_z = at_once.Mixing(critic).gradient(z, classes, 0.7)
+    assert_close(d_z.double(), there.grad, **FLOAT32)
+    assert bool((d_z != 0).any()) == bool(pulled)
+    for a, b in zip(critic.parameters(), exact.parameters(), strict=True):
+        assert_close(a.grad.double(), b.grad, **FLOAT32)
+
+
 # ---- fits ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,5 +267,5 @@ def test_a_fit_is_the_same_as_part_by_part(make_counts, monkeypatch, options):
         sx.tl.get_latent(adata)
         fits.append(adata)
     assert [m is not None for m in made] == [True, True, False, False]  # of the rehearsal, and of the fit
-    at_once, parts = (sx.get.history(adata).drop(columns="cells_per_second") for adata in fits)
-    np.testing.assert_allclose(at_once, parts, **FIT_WITH_KERNEL)
+    whole, parts = (sx.get.history(adata).drop(columns="cells_per_second") for adata in fits)
+    np.testing.assert_allclose(whole, parts, **FIT_WITH_KERNEL)
