@@ -17,6 +17,7 @@ overflow, and there is a Bernoulli likelihood of detection.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,13 +144,11 @@ class VAE(CountVAE):
             kl_weight = float(kl_weight)
             encoded = cells.x.log1p() if self.log_variational else cells.x
             log_theta = None if self.dispersion is None else self.dispersion(cells)
-            reconstruction, kl_z, z = whole.forwards(
-                cells.x, encoded, self.covariates.codes(cells), self.library.point(cells), log_theta
-            )
-            d_z = None
+            codes, log_library = self.covariates.codes(cells), self.library.point(cells)
+            pull = None
             if mixing is not None:
-                d_z = mixing.gradient(z, cells.batch_index, kl_weight * self.adversarial_mixing)
-            d_log_theta = whole.backwards(kl_weight, d_z)
+                pull = partial(mixing.gradient, cells.batch_index, kl_weight * self.adversarial_mixing)
+            reconstruction, kl_z, d_log_theta = whole(cells.x, encoded, codes, kl_weight, log_library, log_theta, pull)
             if self.dispersion is not None:
                 self.dispersion.take_gradient(d_log_theta, cells)
             return Loss(None, reconstruction, kl_z, kl_library)

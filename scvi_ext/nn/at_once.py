@@ -83,15 +83,20 @@ class AtOnce:
         self.d_first_bias = torch.zeros_like(into.linear.bias)
         self.heads = [head for head in (decoder.px_scale_decoder, decoder.px_dropout_decoder) if head is not None]
 
-    def forwards(
+    def __call__(
         self,
         x: SparseRows,
         encoded: SparseRows,
         codes: Sequence[Tensor],
+        kl_weight: float,
         log_library: Tensor,
         log_theta: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-log p(x | z) and the divergence of each cell, (B,), and the sample z, (B, L).
+        pull: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-log p(x | z) and the divergence of each cell, (B,), and the gradient by log theta where there is one.
+
+        All parameters of the networks are given their gradients. That by log theta has a row for each cell, or where
+        all cells have the same, a few that add up to it.
 
         Parameters
         ----------
@@ -99,52 +104,48 @@ class AtOnce:
             Counts of B cells, and what the encoder is shown of them.
         codes
             Of the categorical covariates, (B,) each.
+        kl_weight
+            Of the divergence in what is minimised.
         log_library
             Shape (B, 1).
         log_theta
             Shape (G,) or (B, G), where the likelihood has it.
+        pull
+            From the sample z to the gradient by it, (B, L), of whatever else is minimised.
         """
-        weight, bias = self.first.weight, self.first.bias
-        encoded.refuse_others(weight)
-        if len(x) != len(self.inner.sample):
-            msg = f"This was made for minibatches of {len(self.inner.sample)} cells, and this one has {len(x)}."
+        first, inner, heads = self.first, self.inner, self.heads
+        encoded.refuse_others(first.weight)
+        if len(x) != len(inner.sample):
+            msg = f"This was made for minibatches of {len(inner.sample)} cells, and this one has {len(x)}."
             raise ValueError(msg)
-        self.encoded, self.shown = encoded, None
         if encoded.multiply_sparse:
-            h = sparse.linear_once(encoded, weight, bias)
+            h, shown = sparse.linear_once(encoded, first.weight, first.bias), None
         else:
-            h, *self.shown = products.linear_once(encoded.to_dense(), weight, bias)
-        self.inner.forwards(h.numpy(), [codes[i].numpy() for i in self.seen], torch.Tensor.normal_)
-        made = [products.linear_once(self.inner.h, head.weight, head.bias) for head in self.heads]
-        outputs = [output for output, *_ in made]
-        self.multiplied = [inputs for _, *inputs in made]
-        log_p, *self.d_outputs = self.run(
+            h, *shown = products.linear_once(encoded.to_dense(), first.weight, first.bias)
+        inner.forwards(h.numpy(), [codes[i].numpy() for i in self.seen], torch.Tensor.normal_)
+        made = [products.linear_once(inner.h, head.weight, head.bias) for head in heads]
+        outputs, multiplied = [output for output, *_ in made], [inputs for _, *inputs in made]
+        summed = log_theta is not None and log_theta.dim() == 1
+        log_p, d_logits, _, d_theta, d_dropout = self.run(
             x, self.softmax, outputs[0], log_library.flatten(), log_theta, *outputs[1:] or [None], -1 / len(h), True,
-            summed=log_theta is not None and log_theta.dim() == 1,
+            summed=summed,
         )  # fmt: skip
-        return log_p.neg_(), self.inner.divergence, self.inner.sample
+        d_z = None if pull is None else pull(inner.sample).numpy()
 
-    def backwards(self, kl_weight: float, d_z: Tensor | None = None) -> Tensor | None:
-        """Give all parameters their gradients, and return that by log theta, (B, G), where there is one.
-
-        They are of the mean of the first plus ``kl_weight`` times the second of what :meth:`forwards` has returned;
-        ``d_z`` is the gradient of something else by the sample.
-        """
-        d_logits, _, d_theta, d_dropout = self.d_outputs
         d_h = []
-        for head, inputs, d_output in zip(self.heads, self.multiplied, (d_logits, d_dropout), strict=False):
+        for head, inputs, d_output in zip(heads, multiplied, (d_logits, d_dropout), strict=False):
+            head.weight.grad = None  # so that the next one may lie in the same memory
             d_through, head.weight.grad, head.bias.grad = products.gradients(*inputs, d_output, (True, True, True))
             d_h.append(d_through.numpy())
-        self.inner.backwards(d_h, None if d_z is None else d_z.numpy(), kl_weight / len(d_logits))
-        for parameter, gradient in self.inner.gradients:
-            parameter.grad = gradient
-        if self.shown is None:
-            self.first.weight.grad = sparse.gradient_of_weight(self.encoded, self.inner.gradient)
+        inner.backwards(d_h, d_z, kl_weight / len(h))
+        first.weight.grad = None
+        if shown is None:
+            first.weight.grad = sparse.gradient_of_weight(encoded, inner.gradient)
         else:
-            of_all = products.gradients(*self.shown, self.inner.gradient, (False, True, False))
-            self.first.weight.grad = of_all[1]
-        self.first.bias.grad = self.d_first_bias
-        return d_theta
+            _, first.weight.grad, _ = products.gradients(*shown, inner.gradient, (False, True, False))
+        for parameter, gradient in (*inner.gradients, (first.bias, self.d_first_bias)):
+            parameter.grad = gradient
+        return log_p.neg_(), inner.divergence, d_theta
 
 
 class Mixing:
@@ -153,7 +154,7 @@ class Mixing:
     def __init__(self, network: Classifier):
         self.layers = [*(layer.linear for layer in network.hidden.layers), network.output]
 
-    def gradient(self, z: Tensor, classes: Tensor, weight: float) -> Tensor:
+    def gradient(self, classes: Tensor, weight: float, z: Tensor) -> Tensor:
         """By z (B, L); the critic is given its own. ``classes`` are codes (B,), ``weight`` that of mixing."""
         inputs = [z]
         for layer in self.layers[:-1]:

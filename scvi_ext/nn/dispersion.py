@@ -38,7 +38,10 @@ class Dispersion(nn.Module):
         return self.log_theta if self.column is None else self.log_theta[self._codes(cells)]
 
     def take_gradient(self, of_cells: Tensor, cells: Minibatch) -> None:
-        """Give the parameter its gradient from those by the log(theta) of each cell, (B, n_features)."""
+        """Give the parameter its gradient from those by the log(theta) of each cell, (B, n_features).
+
+        Where all cells have the same, any number of rows that add up to it.
+        """
         if self.column is None:
             self.log_theta.grad = of_cells.sum(0)
         else:

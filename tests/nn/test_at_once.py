@@ -245,7 +245,7 @@ def test_gradients_of_mixing(n_batch, sign):
     pulled = ((own - own.double().mean(0)) * exact(there)).sum(-1).mean() > 0
     mixing_loss(exact, there, classes, 0.7).backward()
     with torch.no_grad():
-        d_z = at_once.Mixing(critic).gradient(z, classes, 0.7)
+        d_z = at_once.Mixing(critic).gradient(classes, 0.7, z)
     assert_close(d_z.double(), there.grad, **FLOAT32)
     assert bool((d_z != 0).any()) == bool(pulled)
     for a, b in zip(critic.parameters(), exact.parameters(), strict=True):
