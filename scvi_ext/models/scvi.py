@@ -130,10 +130,12 @@ class VAE(CountVAE):
 
         It leaves the gradients in the parameters, which have to stay where they are in memory.
         """
-        run = fused.choose(self.reconstruction_loss, "cpu", torch.float32)[0]
         known = self.latent_distribution == "normal" and isinstance(self.library, ObservedLibrary)
         plain = known and not self.covariates.n_dense and at_once.fits(self.z_encoder, self.decoder, n_cells)
-        if run is None or not plain or any(not p.requires_grad or p._backward_hooks for p in self.parameters()):
+        if not plain or any(not p.requires_grad or p._backward_hooks for p in self.parameters()):
+            return None
+        run, _ = fused.choose(self.reconstruction_loss, "cpu", torch.float32)
+        if run is None:
             return None
         whole = at_once.AtOnce(run, self.z_encoder, self.decoder, n_cells)
         mixing = None if self.critic is None else at_once.Mixing(self.critic)

@@ -32,7 +32,7 @@ class Host:
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[dict[str, str]] = field(default_factory=list)  # headers, with "path"
-    sent: list[int] = field(default_factory=list)  # bytes of content, of each answer
+    answers: list[list[int]] = field(default_factory=list)  # bytes of content: one number, which its thread sets
     # How it behaves.
     ranges: bool = True
     marks: bool = True  # sends ETag
@@ -40,6 +40,11 @@ class Host:
     encoding: str = ""  # which it says that the content has
     cut_after: list[int] = field(default_factory=list)  # of the next answers: bytes before the connection ends
     errors: list[int] = field(default_factory=list)  # of the next answers: status
+
+    @property
+    def sent(self) -> list[int]:
+        """Bytes of content, of each answer."""
+        return [n for (n,) in self.answers]
 
     def tag(self, name: str) -> str:
         return f'"{hash(self.files[name])}"'
@@ -59,7 +64,8 @@ def host():
         def do_GET(self):
             name = self.path.removeprefix("/")
             host.requests.append({**self.headers, "path": self.path})
-            host.sent.append(0)
+            self.n_sent = [0]
+            host.answers.append(self.n_sent)
             self.close_connection = True
             if host.errors or name not in host.files:
                 return self.answer(host.errors.pop(0) if host.errors else 404, b"", {})
@@ -88,7 +94,7 @@ def host():
                 self.send_header(key, value)
             self.end_headers()
             end = host.cut_after.pop(0) if content and host.cut_after else len(content)
-            host.sent[-1] = len(content[:end])  # first: who receives the last byte may look at once
+            self.n_sent[0] = len(content[:end])  # first: who receives the last byte may look at once
             self.wfile.write(content[:end])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

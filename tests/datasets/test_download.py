@@ -54,7 +54,7 @@ def cut_off(fetch, host, after=150_000):
     assert 0 < len(kept) <= after
     assert CONTENT.startswith(kept)
     host.requests.clear()
-    host.sent.clear()
+    host.answers.clear()
     return len(kept)
 
 
