@@ -93,10 +93,10 @@ def _captured(step: TrainingStep) -> tuple[Runner, str, float]:
 
 def _rehearsal(step: TrainingStep) -> Callable[[], None]:
     """Forward and backward of one minibatch on a copy of the module."""
-    loss_of = step.loss_of(copy.deepcopy(step.module))
+    loss = step.loss_of(copy.deepcopy(step.module))
 
     def rehearse() -> None:
-        total = loss_of(*step.minibatches(step.rows[:, 0])).total
+        total = loss(*step.minibatches(step.rows[:, 0])).total
         if total is not None:
             total.backward()
         if step.block.device.type == "cuda":

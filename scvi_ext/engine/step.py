@@ -92,8 +92,9 @@ class TrainingStep:
         Such a loss has no total.
         """
         make = getattr(module, "loss_at_once", None)
-        alone_on_host = self.block.device.type == "cpu" and self.team.n == 1
-        return (make(self.rows.shape[-1]) if make is not None and alone_on_host else None) or module.loss
+        if make is None or self.block.device.type != "cpu" or self.team.n > 1:
+            return module.loss
+        return make(self.rows.shape[-1]) or module.loss
 
     def begin_epoch(self, schedule: np.ndarray, first: int) -> None:
         """Lay out an epoch: learning rate and KL weight (steps, 2), and which step is the next."""

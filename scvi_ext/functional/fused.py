@@ -1,7 +1,8 @@
 """Log-likelihoods of counts straight from a decoder's outputs, with all gradients made in the same pass.
 
 A kernel is a function ``run(x, softmax, logits, log_library, log_theta, dropout, weight, gradients)`` that returns the
-log-probability of each row, and ``weight`` times its gradients by the four tensors. The plain formulas of
+log-probability of each row, and ``weight`` times its gradients by the four tensors. Those of the processor also take
+``summed``: then the gradient by ``log_theta`` has a few rows that add up to the sum over all. The plain formulas of
 :mod:`scvi_ext.functional.counts` are what it is checked against, and what is used where there is none.
 """
 

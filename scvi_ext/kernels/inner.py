@@ -67,7 +67,7 @@ class Inner:
         self.layers = [_Layer(n_cells, norm, rate) for norm, rate in zip(norms, dropout_rates, strict=True)]
         self.codes = np.empty((n_cells, len(n_categories)), np.int64)
         self.firsts = n_latent + np.cumsum([0, *n_categories])
-        self.maps = [array_of(t) for layer in (mean, log_var, out) for t in (layer.weight, layer.bias)]
+        self.maps = [_array_of(t) for layer in (mean, log_var, out) for t in (layer.weight, layer.bias)]
         self.loc, self.scale, self.slope, self.noise, self.z = np.empty((5, n_cells, n_latent), f4)
         self.kl, self.d_x, self.none = np.empty(n_cells, f4), np.empty((n_cells, n_in), f4), np.zeros_like(self.loc)
         self.limits = f4(max_log_var), f4(var_eps)
@@ -76,7 +76,7 @@ class Inner:
         parameters = [t for layer in (mean, log_var, out, *norms) for t in (layer.weight, layer.bias)]
         self.gradients = [(parameter, torch.zeros_like(parameter)) for parameter in parameters]
         # The decoder's first bias has no gradient: the normalisation takes off what it adds.
-        self.d_parameters = [array_of(d) for p, d in self.gradients if p is not out.bias]
+        self.d_parameters = [_array_of(d) for p, d in self.gradients if p is not out.bias]
 
     def forwards(self, x: np.ndarray, codes: Sequence[np.ndarray], draw: Callable[[Tensor], Tensor]) -> None:
         """Make the last hidden layer ``h`` (B, n_out), ``divergence`` of z from N(0, I) (B,), and ``sample`` (B, L).
@@ -130,13 +130,13 @@ class _Layer:
 
     def __init__(self, n_cells: int, norm: nn.BatchNorm1d, dropout_rate: float):
         self.settings = hidden.threshold(dropout_rate), hidden.factor(dropout_rate), norm.momentum, norm.eps
-        self.state = [array_of(t) for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
-        self.state.append(array_of(norm.num_batches_tracked.view(1)))
+        self.state = [_array_of(t) for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
+        self.state.append(_array_of(norm.num_batches_tracked.view(1)))
         n = norm.num_features
         self.made = np.empty((n_cells, n), f4), np.empty((n_cells, n), f4), np.empty(n, f4)
 
 
-def array_of(tensor: Tensor) -> np.ndarray:
+def _array_of(tensor: Tensor) -> np.ndarray:
     """The memory itself, also of a parameter."""
     return tensor.detach().numpy()
 
